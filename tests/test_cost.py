@@ -1,0 +1,170 @@
+"""Costs equal hand counts, add up, and count what the method says they count."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, LinearShape
+from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
+
+
+def conv(name: str = "conv", channels: tuple[int, int] = (16, 32), size: int = 8, **changes: object) -> ConvShape:
+    settings: dict[str, object] = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    settings |= {"groups": 1, "out_height": size, "out_width": size} | changes
+    return ConvShape(name, *channels, **settings)  # type: ignore[arg-type]
+
+
+LAYERS: tuple[LayerShape, ...] = (conv(), LinearShape("linear", 10, 20, 3), AttentionShape("attn.products", 2, 4, 6, 8))
+
+
+def uniform(weight_bits: int, act_bits: int, num_steps: int = 1, tiles: tuple[int, ...] = (0, 0, 0)) -> Candidate:
+    allocation = Allocation((weight_bits,) * 3, (act_bits,) * 3, tiles)
+    return Candidate(tuple(range(num_steps, 0, -1)), (allocation,))
+
+
+def test_direct_convolution_by_hand() -> None:
+    layer = conv(kernel_size=(3, 5), groups=4, out_height=7, out_width=9)
+    assert layer.num_weights == 32 * 4 * 15
+    assert layer.macs == 7 * 9 * 32 * 4 * 15
+    assert layer.bitops(4, 8, DIRECT_TILE) == layer.macs * 32
+    assert layer.weight_bytes(4, DIRECT_TILE) == 32 * 4 * 15 // 2
+
+
+def test_linear_by_hand() -> None:
+    layer = LinearShape("linear", 10, 20, 3)
+    assert layer.macs == 600
+    assert layer.bitops(5, 7, DIRECT_TILE) == 600 * 35
+    assert layer.weight_bytes(5, DIRECT_TILE) == 125
+
+
+def test_weight_bytes_round_up() -> None:
+    assert LinearShape("linear", 3, 1, 1).weight_bytes(3, DIRECT_TILE) == 2
+
+
+def test_attention_by_hand() -> None:
+    layer = AttentionShape("attn.products", heads=2, queries=4, keys=6, head_dim=8)
+    products = 2 * 4 * 6 * 8
+    assert layer.macs == 2 * products
+    assert layer.bitops(16, 6, DIRECT_TILE) == products * (6 * 6 + 16 * 6)
+    assert layer.bitops(FLOAT_BITS, FLOAT_BITS, DIRECT_TILE) == 2 * products * 1024
+    assert layer.weight_bytes(8, DIRECT_TILE) == 0
+    assert AttentionShape("a", 2, 4, 6, 8, value_dim=3).macs == 2 * 4 * 6 * (8 + 3)
+
+
+def test_winograd_convolution_by_hand() -> None:
+    """F(4, 3) on 10 x 10 pixels: 3 x 3 tiles of 6 x 6, those of the border counted whole."""
+    layer = conv(channels=(16, 32), size=10)
+    assert layer.num_tiles(4) == 9
+    assert layer.hadamard_macs(4) == 9 * 36 * 16 * 32
+    assert layer.input_transform_macs(4) == 9 * 16 * 2 * 216
+    assert layer.output_transform_macs(4) == 9 * 32 * (4 * 36 + 16 * 6)
+    transforms = 9 * 16 * 432 * 5 * 8 + 9 * 32 * 240 * 8 * 8
+    assert layer.bitops(6, 5, 4) == 9 * 36 * 16 * 32 * 30 + transforms
+    assert layer.hadamard_bitops(6, 5, 4) == 9 * 36 * 16 * 32 * 30
+    assert layer.executed_macs(4) == 9 * (36 * 512 + 16 * 432 + 32 * 240)
+    assert layer.weight_bytes(6, 4) == 36 * 16 * 32 * 6 // 8
+
+
+@pytest.mark.parametrize("tile", [2, 4, 6])
+def test_hadamard_share_without_waste(tile: int) -> None:
+    layer = conv(size=12)
+    assert layer.hadamard_macs(tile) * 9 * tile**2 == layer.macs * (tile + 2) ** 2
+
+
+@pytest.mark.parametrize(("channels", "percent"), [(16, 117), (32, 58), (64, 29)])
+def test_transforms_weigh_what_the_method_says(channels: int, percent: int) -> None:
+    layer = conv(channels=(channels, channels), size=16)
+    transforms = layer.bitops(8, 8, 4) - layer.hadamard_bitops(8, 8, 4)
+    assert round(100 * transforms / layer.hadamard_bitops(8, 8, 4)) == percent
+
+
+def test_float_layers_count_32_by_32_at_every_stage() -> None:
+    for tile in (DIRECT_TILE, 2, 4):
+        assert conv().bitops(FLOAT_BITS, FLOAT_BITS, tile) == conv().executed_macs(tile) * 1024
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        conv(stride=(2, 2)),
+        conv(dilation=(2, 2)),
+        conv(kernel_size=(1, 1)),
+        conv(kernel_size=(3, 1)),
+        conv(groups=2),
+        LinearShape("conv", 4, 4, 1),
+        AttentionShape("conv", 1, 2, 2, 4),
+    ],
+)
+def test_tiles_are_refused_where_winograd_is_impossible(layer: LayerShape) -> None:
+    with pytest.raises(ValueError, match=r"tile of layer 'conv' must be 0 \(direct\), found 4"):
+        layer.bitops(8, 8, 4)
+    with pytest.raises(ValueError, match="tile of layer 'conv'"):
+        layer.weight_bytes(8, 4)
+
+
+@pytest.mark.parametrize("tile", [-2, 1])
+def test_tiles_that_are_none_are_refused(tile: int) -> None:
+    with pytest.raises(ValueError, match=f"found {tile}"):
+        conv().executed_macs(tile)
+
+
+def test_trajectory_is_steps_times_calls_times_layers() -> None:
+    one_call = sum(layer.bitops(6, 5, DIRECT_TILE) for layer in LAYERS)
+    assert CostModel(LAYERS).bitops(uniform(6, 5)) == one_call
+    assert CostModel(LAYERS).bitops(uniform(6, 5, num_steps=10)) == 10 * one_call
+    assert CostModel(LAYERS, calls_per_step=2).bitops(uniform(6, 5, num_steps=10)) == 20 * one_call
+    assert CostModel(LAYERS, calls_per_step=2).macs(uniform(6, 5, 10)) == 20 * sum(layer.macs for layer in LAYERS)
+
+
+def test_hadamard_total_leaves_out_transforms_only() -> None:
+    cost, candidate = CostModel(LAYERS), uniform(8, 8, num_steps=3, tiles=(4, 0, 0))
+    layer = conv()
+    transforms = 64 * (layer.input_transform_macs(4) + layer.output_transform_macs(4))
+    assert cost.bitops(candidate) - cost.hadamard_bitops(candidate) == 3 * transforms
+    assert cost.hadamard_bitops(uniform(8, 8)) == cost.bitops(uniform(8, 8))
+
+
+def test_steps_may_differ_and_store_each_distinct_weight_once() -> None:
+    cost = CostModel(LAYERS)
+    low, high = uniform(4, 4).allocations[0], uniform(8, 6).allocations[0]
+    mixed = Candidate((3, 2, 1), (low, high, low))
+    assert cost.bitops(mixed) == 2 * cost.call_bitops(low) + cost.call_bitops(high)
+    stored = cost.weight_bytes(uniform(4, 4)) + cost.weight_bytes(uniform(8, 6))
+    assert cost.weight_bytes(mixed) == stored
+    assert cost.weight_bytes(Candidate((3, 2, 1), (low, low, low))) == cost.weight_bytes(uniform(4, 4))
+
+
+def test_weight_bytes_ignore_activations_and_steps() -> None:
+    cost = CostModel(LAYERS)
+    assert cost.weight_bytes(uniform(8, 4)) == cost.weight_bytes(uniform(8, 8, num_steps=9)) == 16 * 32 * 9 + 200
+
+
+@given(st.lists(st.tuples(st.integers(2, 16), st.integers(2, 16), st.sampled_from([0, 2, 4])), min_size=3, max_size=3))
+def test_table_adds_up_to_the_call(settings: list[tuple[int, int, int]]) -> None:
+    settings = [settings[0], (*settings[1][:2], 0), (*settings[2][:2], 0)]
+    weight_bits, act_bits, tiles = zip(*settings, strict=True)
+    allocation = Allocation(weight_bits, act_bits, tiles)
+    cost, candidate = CostModel(LAYERS), Candidate((0,), (allocation,))
+    table = cost.layer_table(allocation)
+    assert [row.name for row in table] == ["conv", "linear", "attn.products"]
+    assert [row.kind for row in table] == ["conv", "linear", "attention"]
+    assert sum(row.bitops for row in table) == cost.bitops(candidate) == cost.call_bitops(allocation)
+    assert sum(row.hadamard_bitops for row in table) == cost.hadamard_bitops(candidate)
+    assert sum(row.macs for row in table) == cost.macs(candidate)
+    assert sum(row.weight_bytes for row in table) == cost.weight_bytes(candidate)
+
+
+def test_counts_are_exact_integers_beyond_floats() -> None:
+    layer = LinearShape("linear", 10**9 + 7, 10**9 + 9, 3)
+    assert CostModel((layer,)).layer_bitops(0, 7, 5, DIRECT_TILE) == (10**9 + 7) * (10**9 + 9) * 105
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="layers must not be empty"):
+        CostModel(())
+    with pytest.raises(ValueError, match=r"distinct names, found \['conv'\]"):
+        CostModel((conv(), conv()))
+    with pytest.raises(ValueError, match="calls_per_step must be at least 1, found 0"):
+        CostModel(LAYERS, calls_per_step=0)
+    with pytest.raises(ValueError, match=r"one entry a layer \(3\), found 1"):
+        CostModel(LAYERS).bitops(Candidate((0,), (Allocation((8,), (8,), (0,)),)))

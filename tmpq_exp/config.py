@@ -1,0 +1,357 @@
+"""Schema of the whole configuration and every range check that needs no network; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+MIN_BITS, MAX_BITS = 2, 16
+
+
+class UserError(ValueError):
+    """Something the user asked for cannot be done; the message names what was wrong, found and accepted."""
+
+
+def _check_at_least(name: str, value: float, low: float) -> None:
+    if value < low:
+        raise UserError(f"{name} must be at least {low}, found {value}")
+
+
+def _check_bits(name: str, bits: int) -> None:
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise UserError(f"{name} must be in {MIN_BITS}..{MAX_BITS}, found {bits}")
+
+
+def _check_bit_choices(name: str, choices: list[int]) -> None:
+    if not choices:
+        raise UserError(f"{name} must not be empty; give at least one bit width in {MIN_BITS}..{MAX_BITS}")
+    for bits in choices:
+        _check_bits(name, bits)
+    if len(set(choices)) != len(choices):
+        raise UserError(f"{name} must not repeat a bit width, found {choices}")
+
+
+class Granularity(str, Enum):
+    """Which values of a tensor share one scale."""
+
+    PER_TENSOR = "per_tensor"
+    PER_CHANNEL = "per_channel"
+    PER_GROUP = "per_group"
+
+
+@dataclass
+class QuantizerConfig:
+    """One tensor's quantizer.
+
+    Args:
+        granularity: Weights: per tensor, per output channel, or per group of input channels within an output
+            channel. Activations: per tensor or per channel with static ranges, or per group of channels with one
+            dynamic scale an image and group.
+        group_size: Channels that share a scale under ``per_group``, at least 1; a last group may be shorter.
+        symmetric: Zero point fixed at 0.
+        estimator: ``minmax``, ``mse`` or ``percentile``.
+        percentile: In (50, 100], for the estimator of that name.
+    """
+
+    granularity: Granularity = Granularity.PER_TENSOR
+    group_size: int = 32
+    symmetric: bool = False
+    estimator: str = "mse"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        _check_at_least("quant group_size", self.group_size, 1)
+        if self.estimator not in ("minmax", "mse", "percentile"):
+            raise UserError(f"quant estimator must be minmax, mse or percentile, found {self.estimator!r}")
+        if not 50 < self.percentile <= 100:
+            raise UserError(f"quant percentile must be in (50, 100], found {self.percentile}")
+
+
+@dataclass
+class QuantConfig:
+    """Quantizers of the supernet.
+
+    Args:
+        weight: Quantizer of convolution and linear weights.
+        act: Quantizer of their inputs, and of q, k and v.
+        softmax_bits: Bits of the softmax output before it meets v, fixed for all candidates.
+        cache_max_bytes: Memory cap of quantized weights kept ready for use.
+    """
+
+    weight: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(Granularity.PER_CHANNEL))
+    act: QuantizerConfig = field(default_factory=QuantizerConfig)
+    softmax_bits: int = 8
+    cache_max_bytes: int = 512 * 2**20
+
+    def __post_init__(self) -> None:
+        _check_bits("quant.softmax_bits", self.softmax_bits)
+        _check_at_least("quant.cache_max_bytes", self.cache_max_bytes, 0)
+
+
+@dataclass
+class WinogradLearningConfig:
+    """Learning of the transform scales from noise.
+
+    Args:
+        num_steps: SGD steps, at least 0; 0 keeps the closed form.
+        learning_rate: Of SGD on the log scales, above 0.
+        layers_per_step: Convolutions drawn each step (K in the paper).
+        init: Where learning starts: ``closed_form`` or ``standard``.
+    """
+
+    num_steps: int = 60
+    learning_rate: float = 0.02
+    layers_per_step: int = 2
+    init: str = "closed_form"
+
+    def __post_init__(self) -> None:
+        _check_at_least("winograd.learning.num_steps", self.num_steps, 0)
+        _check_at_least("winograd.learning.layers_per_step", self.layers_per_step, 1)
+        if self.learning_rate <= 0:
+            raise UserError(f"winograd.learning.learning_rate must be above 0, found {self.learning_rate}")
+        if self.init not in ("closed_form", "standard"):
+            raise UserError(f"winograd.learning.init must be closed_form or standard, found {self.init!r}")
+
+
+@dataclass
+class WinogradConfig:
+    """Winograd convolutions.
+
+    Args:
+        tile: m of F(m, 3) for every eligible layer of the searched model; 0 keeps direct convolution.
+        report_tiles: Tiles whose SQNR the report compares, whatever ``tile`` says.
+        points: ``standard``, ``improved`` or a list of rationals and ``inf``.
+        scales: Scales of the transforms used by the searched model: ``standard``, ``closed_form`` or ``learned``.
+        group_size: Elements that share a scale, at least 1; a last group may be shorter.
+        quantize_input, quantize_v, quantize_u, quantize_m: The four stages.
+        m_bits: Bits of the products before the output transform.
+        learning: How scales are learned.
+    """
+
+    tile: int = 0
+    report_tiles: list[int] = field(default_factory=lambda: [2, 4, 6])
+    points: Any = "standard"
+    scales: str = "learned"
+    group_size: int = 32
+    quantize_input: bool = True
+    quantize_v: bool = True
+    quantize_u: bool = True
+    quantize_m: bool = True
+    m_bits: int = 8
+    learning: WinogradLearningConfig = field(default_factory=WinogradLearningConfig)
+
+    def __post_init__(self) -> None:
+        if self.tile != 0 and not 2 <= self.tile <= 6:
+            raise UserError(f"winograd.tile must be 0 (direct) or in 2..6, found {self.tile}")
+        for tile in self.report_tiles:
+            if not 2 <= tile <= 6:
+                raise UserError(f"winograd.report_tiles must hold tiles in 2..6, found {tile}")
+        if self.scales not in ("standard", "closed_form", "learned"):
+            raise UserError(f"winograd.scales must be standard, closed_form or learned, found {self.scales!r}")
+        _check_at_least("winograd.group_size", self.group_size, 1)
+        _check_bits("winograd.m_bits", self.m_bits)
+
+
+@dataclass
+class CalibrationConfig:
+    """Range estimation on states of the float sampling trajectory.
+
+    Args:
+        num_images: Trajectories, at least 1.
+        num_timesteps: States a trajectory, at equal distances; at least 1.
+        max_values: Activation values kept for each quantizer (a seeded sample of them), at least 1024.
+    """
+
+    num_images: int = 32
+    num_timesteps: int = 20
+    max_values: int = 2**16
+
+    def __post_init__(self) -> None:
+        _check_at_least("calibration.num_images", self.num_images, 1)
+        _check_at_least("calibration.num_timesteps", self.num_timesteps, 1)
+        _check_at_least("calibration.max_values", self.max_values, 1024)
+
+
+@dataclass
+class SpaceConfig:
+    """What a candidate may choose.
+
+    Args:
+        num_inference_steps: Kept timesteps K, from 1 to the schedule's length.
+        groups: Rule that cuts the schedule into K groups: ``quadratic`` or ``uniform``.
+        search_timesteps: Whether the kept timestep of a group is free; if not it is the group's smallest.
+        weight_bits: Choices for every layer's weights; a single one fixes them.
+        act_bits: Choices for every layer's activations.
+    """
+
+    num_inference_steps: int = 10
+    groups: str = "quadratic"
+    search_timesteps: bool = True
+    weight_bits: list[int] = field(default_factory=lambda: [8, 7, 6, 5])
+    act_bits: list[int] = field(default_factory=lambda: [8, 7, 6, 5])
+
+    def __post_init__(self) -> None:
+        _check_at_least("space.num_inference_steps", self.num_inference_steps, 1)
+        if self.groups not in ("quadratic", "uniform"):
+            raise UserError(f"space.groups must be quadratic or uniform, found {self.groups!r}")
+        _check_bit_choices("space.weight_bits", self.weight_bits)
+        _check_bit_choices("space.act_bits", self.act_bits)
+
+
+@dataclass
+class BudgetConfig:
+    """Ceiling on the BitOPs of a whole trajectory.
+
+    Args:
+        weight_bits, act_bits: The ceiling is what the direct network costs at these uniform bits and K steps.
+        bitops: Explicit ceiling; overrides the two above.
+    """
+
+    weight_bits: int = 6
+    act_bits: int = 6
+    bitops: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_bits("budget.weight_bits", self.weight_bits)
+        _check_bits("budget.act_bits", self.act_bits)
+        if self.bitops is not None:
+            _check_at_least("budget.bitops", self.bitops, 1)
+
+
+@dataclass
+class ObjectiveConfig:
+    """How the search scores a candidate.
+
+    Args:
+        num_images: Images a candidate, the same seeds for all, at least 2.
+    """
+
+    num_images: int = 128
+
+    def __post_init__(self) -> None:
+        _check_at_least("objective.num_images", self.num_images, 2)
+
+
+@dataclass
+class EvaluationConfig:
+    """Final evaluation, on seeds the search never saw.
+
+    Args:
+        metric: Config of the quality metric (a ``_target_``); lower is better.
+        num_images: Images for the baselines and the winner, at least 2.
+        num_finalists: Best candidates of the search that are scored again on a third set of seeds to choose the
+            winner.
+        reference_steps: Steps of the float reference.
+        micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads.
+    """
+
+    metric: Any = MISSING
+    num_images: int = 512
+    num_finalists: int = 4
+    reference_steps: int = 50
+    micro_batch: int = 64
+
+    def __post_init__(self) -> None:
+        _check_at_least("evaluation.num_images", self.num_images, 2)
+        _check_at_least("evaluation.num_finalists", self.num_finalists, 1)
+        _check_at_least("evaluation.reference_steps", self.reference_steps, 1)
+        _check_at_least("evaluation.micro_batch", self.micro_batch, 1)
+
+
+@dataclass
+class LoggerConfig:
+    """Experiment tracking.
+
+    Args:
+        name: ``wandb`` or ``none``.
+        project: W&B project.
+        mode: W&B mode: ``offline`` (no prompt, no network), ``online`` or ``disabled``.
+        group: W&B group; jobs of a sweep share one.
+        tags: W&B tags.
+    """
+
+    name: str = "wandb"
+    project: str = "tmpq_exp"
+    mode: str = "offline"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.name not in ("wandb", "none"):
+            raise UserError(f"logger.name must be wandb or none, found {self.name!r}")
+        if self.mode not in ("offline", "online", "disabled"):
+            raise UserError(f"logger.mode must be offline, online or disabled, found {self.mode!r}")
+
+
+@dataclass
+class PathsConfig:
+    """Where things are.
+
+    Args:
+        output_dir: Root of run directories.
+        run_dir: This run's directory; set from Hydra.
+    """
+
+    output_dir: str = "outputs"
+    run_dir: str = MISSING
+
+
+@dataclass
+class Config:
+    """Everything a job is told; the groups of ``conf/`` fill it.
+
+    Args:
+        task: What to do, a partial ``_target_``: ``run`` or ``train``.
+        tier: ``full`` or ``smoke``; only its name is kept.
+        executor: Who scores candidates: ``local``.
+        model: The float model, a ``_target_``.
+        data: Images for training, a ``_target_``.
+        search: The search algorithm, a partial ``_target_``.
+        trainer: The Lightning Trainer, a partial ``_target_``.
+        seed: Seed of every random stream, at least 0.
+        num_threads: CPU threads of torch; null leaves torch's choice.
+    """
+
+    task: Any = MISSING
+    tier: str = "full"
+    executor: str = "local"
+    model: Any = MISSING
+    data: Any = MISSING
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    winograd: WinogradConfig = field(default_factory=WinogradConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    search: Any = MISSING
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: Any = MISSING
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    seed: int = 0
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_at_least("seed", self.seed, 0)
+        if self.num_threads is not None:
+            _check_at_least("num_threads", self.num_threads, 1)
+
+
+def register_schema() -> None:
+    """Put the schema where the defaults list of ``conf/config.yaml`` finds it."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Composed config -> checked values: the one door through which a configuration enters.
+
+    Raises:
+        UserError: If a value is out of range or of the wrong type.
+    """
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,103 @@
+"""Explains why a command line was refused: names the override, what was found, and the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+
+def explain(error: BaseException, arguments: Iterable[str], conf_dir: Path) -> str:
+    """One message for the user.
+
+    Args:
+        error: What composing, checking or running raised.
+        arguments: The command line behind the program's name.
+        conf_dir: Folder of the configuration groups.
+    """
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, HydraException):
+        for override in _parsed(arguments):
+            problem = _group_problem(override, conf_dir) or _key_problem(override, conf_dir)
+            if problem:
+                return problem
+    full_key = getattr(error, "full_key", None)
+    first_lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = first_lines[0] if first_lines else type(error).__name__
+    cause = error.__cause__
+    if isinstance(error, HydraException) and cause is not None and str(cause) not in message:
+        message += f" ({str(cause).splitlines()[0]})"
+    return f"{full_key}: {message}" if full_key and full_key not in message else message
+
+
+def _parsed(arguments: Iterable[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    overrides = []
+    for argument in arguments:
+        if argument.startswith("-"):
+            continue
+        try:
+            overrides += parser.parse_overrides([argument])
+        except HydraException:
+            continue
+    return overrides
+
+
+def _group_problem(override: Override, conf_dir: Path) -> str | None:
+    group = conf_dir / override.key_or_group
+    if not group.is_dir():
+        return None
+    options = sorted(path.stem for path in group.glob("*.yaml")) + sorted(p.name for p in group.iterdir() if p.is_dir())
+    values = override.value() if override.is_sweep_override() else [override.value()]
+    choices = [str(value) for value in getattr(values, "list", values)]
+    for choice in choices:
+        if choice not in options and choice != "None" and not (group / f"{choice}.yaml").exists():
+            return f"{override.key_or_group}={choice}: no such option{_nearest(choice, options)}; options: {', '.join(options)}"
+    return None
+
+
+def _key_problem(override: Override, conf_dir: Path) -> str | None:
+    if override.is_add():
+        return None
+    key = override.key_or_group
+    known = _known_keys(conf_dir)
+    if key in known or key.startswith("hydra"):
+        return None
+    return f"{key}: no such key or group{_nearest(key, known)}"
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    candidates = sorted(names)
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    if not close:  # a wrong path may still end in a known name
+        leaf = name.rsplit(".", 1)[-1]
+        by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
+        close = [by_leaf[match] for match in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.6)]
+    return f"; nearest: {close[0]}" if close else ""
+
+
+def _known_keys(conf_dir: Path) -> set[str]:
+    """Groups and keys of the default configuration, dotted, inner nodes included."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir.resolve())):
+        composed = compose("config")
+    keys: set[str] = {path.name for path in conf_dir.iterdir() if path.is_dir()}
+
+    def collect(node: DictConfig, prefix: str) -> None:
+        for name in node:
+            key = f"{prefix}{name}"
+            keys.add(key)
+            child = node._get_node(name)
+            if OmegaConf.is_dict(child) and not child._is_none() and not child._is_missing():
+                collect(child, f"{key}.")
+
+    collect(composed, "")
+    return keys

@@ -1,0 +1,1 @@
+"""Simulated quantization: pure primitives, quantizers, quantized layers, the supernet and its calibration."""

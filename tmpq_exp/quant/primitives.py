@@ -1,0 +1,145 @@
+"""Pure functions of quantization: integer ranges, scales, rounding, and how a range is estimated.
+
+Shapes: every function broadcasts ``scale`` and ``zero_point`` against ``x``; who calls decides what shares a scale.
+Integers are kept in float tensors (exact up to 2**24), because that is what simulated quantization computes with.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+MIN_BITS, MAX_BITS = 2, 16
+
+
+class RangeEstimator(str, Enum):
+    """How the clipping range of a tensor is chosen."""
+
+    MINMAX = "minmax"
+    MSE = "mse"
+    PERCENTILE = "percentile"
+
+
+def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest integer: symmetric ``[-(2**(b-1)-1), 2**(b-1)-1]``, asymmetric ``[0, 2**b-1]``.
+
+    Raises:
+        ValueError: If ``bits`` lies outside 2..16.
+    """
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be in {MIN_BITS}..{MAX_BITS}, found {bits}")
+    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def scale_and_zero_point(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Affine parameters whose integer range covers ``[low, high]``, widened to hold zero exactly.
+
+    Args:
+        low, high: Clipping range, any shape, ``low <= high``.
+        bits: 2..16.
+        symmetric: If so the zero point is 0 and the range is ``max(|low|, |high|)`` on both sides.
+
+    Returns:
+        ``(scale, zero_point)``, shaped like ``low``. The scale is never 0: a range that is a single zero gets scale 1.
+    """
+    quant_min, quant_max = integer_range(bits, symmetric)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / quant_max
+    else:
+        scale = (high - low) / (quant_max - quant_min)
+    tiny = torch.finfo(scale.dtype).tiny
+    scale = torch.where(scale > tiny, scale, torch.ones_like(scale))
+    zero_point = torch.zeros_like(scale) if symmetric else (quant_min - low / scale).round_()
+    return scale, zero_point.clamp_(quant_min, quant_max)
+
+
+def symmetric_scale(absmax: Tensor, bits: int) -> Tensor:
+    """Scale of a symmetric quantizer from the largest magnitude; 1 where that is 0. Shape of ``absmax``."""
+    quant_max = integer_range(bits, symmetric=True)[1]
+    scale = absmax / quant_max
+    return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round to nearest even; the gradient passes straight through."""
+    return x + (x.round() - x).detach() if x.requires_grad else x.round()
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Real -> integer (in a float tensor): ``clamp(round(x / scale) + zero_point, quant_min, quant_max)``."""
+    return (round_ste(x / scale) + zero_point).clamp(quant_min, quant_max)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Integer -> real: ``(q - zero_point) * scale``."""
+    return (q - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """``dequantize(quantize(x))``: the rounding error of quantization in real arithmetic."""
+    return dequantize(quantize(x, scale, zero_point, quant_min, quant_max), scale, zero_point)
+
+
+def sqnr_db(reference: Tensor, estimate: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB, ``10 log10(|reference|^2 / |reference - estimate|^2)``, in float64.
+
+    Returns ``inf`` where the two are equal.
+    """
+    reference, estimate = reference.double(), estimate.double()
+    noise = (reference - estimate).square().sum()
+    return float(10 * torch.log10(reference.square().sum() / noise)) if noise > 0 else float("inf")
+
+
+def estimate_range(
+    x: Tensor,
+    bits: int,
+    *,
+    symmetric: bool,
+    estimator: RangeEstimator = RangeEstimator.MINMAX,
+    percentile: float = 99.99,
+    num_mse_candidates: int = 60,
+) -> tuple[Tensor, Tensor]:
+    """Clipping range of each row of ``x``.
+
+    Args:
+        x: ``(rows, values)``; what shares a scale is one row.
+        bits: 2..16; only ``mse`` depends on it.
+        symmetric: Whether the quantizer is symmetric; only ``mse`` depends on it.
+        estimator: ``minmax``: the extreme values. ``percentile``: the two-sided percentile of the values.
+            ``mse``: the min-max range shrunk by the factor of least squared error.
+        percentile: In (50, 100]; share of values kept below the upper end, and likewise above the lower end.
+        num_mse_candidates: Factors tried by ``mse``, from 1 downwards in equal steps to 0.2.
+
+    Returns:
+        ``(low, high)``, each ``(rows,)``.
+    """
+    low, high = x.amin(dim=1), x.amax(dim=1)
+    if estimator is RangeEstimator.PERCENTILE:
+        upper = _kth_percentile(x, percentile)
+        lower = -_kth_percentile(-x, percentile)
+        return torch.maximum(lower, low), torch.minimum(upper, high)
+    if estimator is RangeEstimator.MSE:
+        return _mse_range(x, low, high, bits, symmetric, num_mse_candidates)
+    return low, high
+
+
+def _kth_percentile(x: Tensor, percentile: float) -> Tensor:
+    k = max(1, min(x.shape[1], round(x.shape[1] * percentile / 100)))
+    return x.kthvalue(k, dim=1).values
+
+
+def _mse_range(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, num: int) -> tuple[Tensor, Tensor]:
+    quant_min, quant_max = integer_range(bits, symmetric)
+    best_error = torch.full_like(low, float("inf"))
+    best_low, best_high = low, high
+    for factor in torch.linspace(1.0, 0.2, num).tolist():
+        scale, zero_point = scale_and_zero_point(low * factor, high * factor, bits, symmetric)
+        error = (fake_quantize(x, scale[:, None], zero_point[:, None], quant_min, quant_max) - x).square().mean(dim=1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_low = torch.where(better, low * factor, best_low)
+        best_high = torch.where(better, high * factor, best_high)
+    return best_low, best_high

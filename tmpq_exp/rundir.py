@@ -1,0 +1,224 @@
+"""A run directory: its file names, who may use it, where its results come from, and which stages are done."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tmpq_exp.config import UserError
+
+VOLATILE_KEYS = ("logger", "paths")
+"""Parts of the configuration that do not change results; a run may be resumed with others."""
+
+_PACKAGES = ("torch", "torchvision", "lightning", "diffusers", "transformers", "torchmetrics", "pytorch-fid", "numpy")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file so that readers see the old text or the whole new one, also after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_atomic`` of strict JSON: no NaN, no Infinity."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def digest(value: Any) -> str:
+    """Content hash of a JSON value, 16 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One job's directory with its fixed file names."""
+
+    path: Path
+
+    def __getattr__(self, name: str) -> Path:
+        try:
+            return self.path / _FILES[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @classmethod
+    def claim(cls, path: Path, config: Mapping[str, Any]) -> RunDirectory:
+        """Take a new directory, or come back to one that the same configuration made.
+
+        Args:
+            path: The directory.
+            config: The resolved configuration.
+
+        Raises:
+            UserError: If the directory holds other things, or was made by another configuration.
+        """
+        run = cls(path)
+        plain = json.loads(json.dumps(config, default=str))
+        if path.exists() and not path.is_dir():
+            raise UserError(f"hydra.run.dir: {path} is a file; a directory was expected")
+        if run.config.exists():
+            _refuse_other_config(run.config, plain)
+        elif path.exists() and any(path.iterdir()):
+            raise UserError(
+                f"hydra.run.dir: {path} is not empty and no run directory (it has no {run.config.name}); "
+                "give a new directory, or one that an earlier run made"
+            )
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomic(run.config, yaml.safe_dump(plain, sort_keys=False))
+        _record_start(run.environment)
+        return run
+
+    def stage(self, name: str, inputs: Any, outputs: Sequence[Path], compute: Callable[[], Any]) -> Any:
+        """Result of a stage, computed unless the same inputs gave it before and its files are still there.
+
+        Args:
+            name: Name of the stage.
+            inputs: JSON value that the result depends on.
+            outputs: Files the stage writes.
+            compute: Does the work and returns a JSON value.
+        """
+        done = self._stages()
+        key = digest(inputs)
+        record = done.get(name)
+        if record is not None and record["inputs"] == key and all(path.exists() for path in outputs):
+            return record["result"]
+        start = time.perf_counter()
+        result = compute()
+        done = self._stages()
+        done[name] = {"inputs": key, "seconds": round(time.perf_counter() - start, 3), "result": result}
+        write_json(self.stages, done)
+        return result
+
+    def add_stage_seconds(self, name: str, seconds: float) -> None:
+        """Record the time of a stage that keeps its own results; times of resumed parts add up."""
+        done = self._stages()
+        before = done.get(name, {}).get("seconds", 0.0)
+        done[name] = {"inputs": None, "seconds": round(before + seconds, 3), "result": None}
+        write_json(self.stages, done)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of each stage so far."""
+        return {name: record["seconds"] for name, record in self._stages().items()}
+
+    def _stages(self) -> dict[str, Any]:
+        if not self.stages.exists():
+            return {}
+        try:
+            stages: dict[str, Any] = json.loads(self.stages.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.stages} is damaged ({error}); remove it to compute the stages again") from error
+        return stages
+
+
+_FILES = {
+    "config": "config.yaml",
+    "environment": "environment.json",
+    "stages": "stages.json",
+    "trials": "trials.jsonl",
+    "supernet": "supernet.safetensors",
+    "recipe": "recipe.json",
+    "recipe_state": "recipe.safetensors",
+    "report_json": "report.json",
+    "report_html": "report.html",
+    "samples": "samples.png",
+    "pareto": "pareto.png",
+    "wandb": "wandb",
+    "weights": "model.safetensors",
+    "reference": "reference.safetensors",
+    "model_card": "model_card.md",
+    "log": "run.log",
+}
+
+
+def _refuse_other_config(path: Path, config: Mapping[str, Any]) -> None:
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"hydra.run.dir: {path} is no YAML ({error})") from error
+    if not isinstance(before, dict):
+        raise UserError(f"hydra.run.dir: {path} holds no configuration of this program")
+    old, new = (flatten({k: v for k, v in c.items() if k not in VOLATILE_KEYS}) for c in (before, config))
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if differing:
+        shown = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise UserError(
+            f"hydra.run.dir: {path.parent} was made by another configuration ({shown}{more}); "
+            "use the same configuration to resume it, or another directory"
+        )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, child in value.items():
+        flat |= flatten(child, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package lies in, with ``-dirty`` behind it; None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_environment() -> dict[str, Any]:
+    """Command, commit, versions and hardware of this process."""
+    return {
+        "command": " ".join(sys.argv),
+        "commit": git_commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES if _is_installed(name)},
+    }
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _record_start(path: Path) -> None:
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    write_json(path, {"starts": [*starts, describe_environment()]})

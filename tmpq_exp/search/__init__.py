@@ -1,0 +1,1 @@
+"""The joint search: space, objective, algorithms and their Lightning module."""

@@ -1,0 +1,18 @@
+"""One seed, named streams: every random number of a run comes from a generator made here."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def stream_seed(seed: int, *names: str | int) -> int:
+    """Seed of the stream with these names, in [0, 2**63); different names give independent streams."""
+    text = "/".join([str(seed), *map(str, names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def stream(seed: int, *names: str | int) -> torch.Generator:
+    """CPU generator of the stream with these names."""
+    return torch.Generator().manual_seed(stream_seed(seed, *names))

@@ -1,0 +1,116 @@
+"""task=train: train a float model by its own recipe and write its weights with a model card."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from tmpq_exp.config import Config
+from tmpq_exp.data import uci_digits
+from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
+from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
+from tmpq_exp.progress import StageProgress
+from tmpq_exp.rundir import RunDirectory, describe_environment, write_atomic
+from tmpq_exp.seeding import stream_seed
+from tmpq_exp.zoo.digits import DigitsDDPM
+from tmpq_exp.zoo.task import DiffusionTask, FloatModel
+from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, TrainingModule
+from tmpq_exp.zoo.weights import write_tensors
+
+CHECKPOINT_EVERY_STEPS = 1000
+
+
+def train(config: Config, resolved: dict[str, Any]) -> None:
+    """Train, assess and save; a killed run goes on from its last checkpoint.
+
+    Writes ``model.safetensors`` and ``model_card.md`` into the run directory; for a classifier also
+    ``reference.safetensors``, the statistics of the data under its features.
+    """
+    run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
+    torch.manual_seed(stream_seed(config.seed, "train"))
+    model: FloatModel = instantiate(config.model)
+    data = instantiate(config.data)
+    module: TrainingModule = model.training_module()
+    num_steps = module.recipe.num_steps
+    checkpoint = ModelCheckpoint(run.path, filename="last", save_top_k=1, every_n_train_steps=CHECKPOINT_EVERY_STEPS)
+    trainer = instantiate(config.trainer)(
+        max_steps=num_steps,
+        enable_checkpointing=True,
+        callbacks=[checkpoint, StageProgress(f"train {model.name}", num_steps)],
+        check_val_every_n_epoch=None,
+        val_check_interval=num_steps,
+        num_sanity_val_steps=0,
+        default_root_dir=run.path,
+    )
+    last = run.path / "last.ckpt"
+    start = time.perf_counter()
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    seconds = time.perf_counter() - start
+    network = module.trained_network()
+    write_tensors(run.weights, network.state_dict(), {"model": model.name, "seed": str(config.seed)})
+    quality = _assess(config, model, module, run)
+    write_atomic(run.model_card, _model_card(config, model, module, quality, seconds))
+    print(run.model_card.read_text(encoding="utf-8"))
+    print(f"weights     {run.weights}\nmodel card  {run.model_card}")
+
+
+def _assess(config: Config, model: FloatModel, module: TrainingModule, run: RunDirectory) -> dict[str, float]:
+    if isinstance(module, ClassifierTraining):
+        network = module.trained_network()
+        images = uci_digits()[0].float() / 255
+        sums = FeatureSums(network)  # type: ignore[arg-type]
+        sums.update(images)
+        sums.statistics().save(run.reference, "all 1,797 UCI digits, bilinear to 16x16, uint8")
+        return {"top-1 on held-out images, percent": module.holdout_top1}
+    assert isinstance(module, DiffusionTraining)
+    assert isinstance(model, DigitsDDPM)
+    task = model.wrap(module.trained_network())
+    metric: FrechetMetric = instantiate(config.evaluation.metric)
+    quality = {}
+    for num_steps in (config.space.num_inference_steps, config.evaluation.reference_steps):
+        name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} quadratic steps"
+        quality[name] = metric(_images(task, config, num_steps))
+    return quality
+
+
+def _images(task: DiffusionTask, config: Config, num_steps: int) -> Iterator[Tensor]:
+    timesteps = spaced_timesteps(task.num_train_timesteps, num_steps, TimestepSpacing.QUADRATIC)
+    seed = stream_seed(config.seed, "final")
+    batch = config.evaluation.micro_batch
+    for first in range(0, config.evaluation.num_images, batch):
+        indices = range(first, min(first + batch, config.evaluation.num_images))
+        with torch.inference_mode():
+            yield task.sample(task.unet, indices, timesteps, seed)
+
+
+def _model_card(
+    config: Config, model: FloatModel, module: TrainingModule, quality: dict[str, float], seconds: float
+) -> str:
+    environment = describe_environment()
+    device = environment["gpus"][0] if environment["gpus"] else f"{environment['processor']}, {platform.machine()}"
+    num_parameters = sum(p.numel() for p in module.network.parameters())
+    assert all(math.isfinite(value) for value in quality.values()), quality
+    rows = [
+        ("parameters", f"{num_parameters:,}"),
+        ("data", "UCI digits as shipped by scikit-learn (CC BY 4.0), 8x8 resized bilinearly to 16x16"),
+        ("command", f"`python -m tmpq_exp {' '.join(environment['command'].split()[1:])}`"),
+        ("commit", environment["commit"] or "not in a git checkout"),
+        ("recipe", f"{module.recipe}"),
+        ("seed", str(config.seed)),
+        ("hardware", f"{device}; torch {environment['packages']['torch']}"),
+        ("training time", f"{seconds:.0f} s"),
+        ("final training loss", f"{module.final_loss:.5f}"),
+        *((name, f"{value:.3f}") for name, value in quality.items()),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    summary = (type(model).__doc__ or "").split("\n\n")[0]
+    return f"# {model.name}\n\n{summary}\n\n| | |\n| --- | --- |\n{table}\n"

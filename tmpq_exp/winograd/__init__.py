@@ -1,0 +1,1 @@
+"""Winograd convolution: exact transforms, the staged quantized convolution and its scales."""

@@ -1,0 +1,1 @@
+"""Float models: embedded ones with their weights, training recipes and model cards."""

@@ -1,0 +1,130 @@
+"""What the pipeline knows of a float model: a noise predictor, its schedule, its conditioning and its images."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from tmpq_exp.diffusion.sampler import ddim_sample, initial_noise
+from tmpq_exp.zoo.weights import content_hash
+
+
+@dataclass(frozen=True)
+class DiffusionTask:
+    """A float diffusion model ready to sample.
+
+    Args:
+        name: Name of the model.
+        unet: Noise predictor in eval mode, called as ``unet(x, timestep, **conditioning)``; it returns an object
+            with the prediction in ``.sample``, as diffusers U-Nets do.
+        sample_shape: ``(C, H, W)`` of one state.
+        alphas_cumprod: ``(num_train_timesteps,)``, float64.
+        num_classes: Number of class labels; image i is of class ``i % num_classes``. None: unconditional.
+        clip_sample: Whether the sampler clips x_0 to [-1, 1].
+    """
+
+    name: str
+    unet: nn.Module
+    sample_shape: tuple[int, int, int]
+    alphas_cumprod: Tensor
+    num_classes: int | None
+    clip_sample: bool
+    weights_hash: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights_hash", content_hash(self.unet.state_dict()))
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length of the training schedule."""
+        return len(self.alphas_cumprod)
+
+    def conditioning(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
+        """Keyword arguments of the U-Net for these images."""
+        if self.num_classes is None:
+            return {}
+        return {"class_labels": torch.tensor([int(i) % self.num_classes for i in image_indices])}
+
+    def sample(
+        self,
+        unet: nn.Module,
+        image_indices: Sequence[int],
+        timesteps: Sequence[int],
+        seed: int,
+        *,
+        activate: Callable[[int], AbstractContextManager[None]] | None = None,
+        on_state: Callable[[Tensor, int], None] | None = None,
+    ) -> Tensor:
+        """Images of the stream ``seed``, made by ``unet`` over the kept timesteps, as one micro-batch.
+
+        Args:
+            unet: The float network or a quantized stand-in; its device is where sampling runs.
+            image_indices: Which images.
+            timesteps: Kept timesteps, strictly descending.
+            seed: Seed of the image stream.
+            activate: ``step_index -> context manager`` in which that step's prediction runs; a supernet switches
+                its subnet here.
+            on_state: See ``ddim_sample``.
+
+        Returns:
+            Float images in [0, 1], ``(N, C, H, W)``.
+        """
+        device = next(unet.parameters()).device
+        noise = initial_noise(self.sample_shape, image_indices, seed).to(device)
+        conditioning = {key: value.to(device) for key, value in self.conditioning(image_indices).items()}
+
+        def predict_noise(x: Tensor, timestep: int, step_index: int) -> Tensor:
+            with nullcontext() if activate is None else activate(step_index):
+                prediction: Any = unet(x, torch.full((len(x),), timestep, device=device), **conditioning)
+            return prediction.sample  # type: ignore[no-any-return]
+
+        x0 = ddim_sample(
+            predict_noise,
+            noise.contiguous(memory_format=torch.channels_last),
+            timesteps,
+            self.alphas_cumprod,
+            clip_sample=self.clip_sample,
+            on_state=on_state,
+        )
+        return (x0 / 2 + 0.5).clamp(0, 1)
+
+
+class FloatModel(ABC):
+    """One option of the model group: how its network is built, trained, saved and loaded.
+
+    Class attributes:
+        name: Name of the model, as in ``model=...``.
+    """
+
+    name: str
+
+    @abstractmethod
+    def architecture(self) -> nn.Module:
+        """The network with fresh weights (without memory under ``torch.device("meta")``)."""
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """The network with its trained weights, in eval mode.
+
+        Raises:
+            ValueError: If the checkpoint is missing, truncated or of another model.
+        """
+
+    @abstractmethod
+    def training_module(self) -> L.LightningModule:
+        """Module that trains the network by this model's recipe; its ``trained_network()`` gives the result."""
+
+
+class DiffusionModel(FloatModel):
+    """A float model that makes images."""
+
+    @abstractmethod
+    def task(self) -> DiffusionTask:
+        """The loaded network with its schedule and conditioning."""

@@ -1,0 +1,141 @@
+"""Training recipes of the embedded models as LightningModules: noise prediction with EMA, and classification."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Optimization settings of a training run.
+
+    Args:
+        num_steps: Optimizer steps, at least 1.
+        learning_rate: Peak of a linear warm-up followed by a cosine to 0, above 0.
+        warmup_steps: Steps of the warm-up, at least 0.
+        weight_decay: AdamW's, at least 0.
+        ema_decay: Decay of the weight average, in [0, 1); 0 ships the last weights.
+    """
+
+    num_steps: int
+    learning_rate: float
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"model.recipe.num_steps must be at least 1, found {self.num_steps}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"model.recipe.learning_rate must be above 0, found {self.learning_rate}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"model.recipe.ema_decay must be in [0, 1), found {self.ema_decay}")
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Factor on the peak learning rate at this step, in [0, 1]."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class TrainingModule(L.LightningModule):
+    """AdamW with warm-up, cosine and EMA around a network; subclasses say what the loss is.
+
+    ``final_loss`` is the exponential mean of the training loss over about the last 100 steps.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.network, self.recipe = network, recipe
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
+        self.final_loss = float("nan")
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Scalar training loss of one batch of images in [0, 1]."""
+        raise AssertionError("a subclass says what the loss is")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One optimizer step."""
+        loss = self.loss(*batch)
+        if batch_idx % 10 == 0 or self.final_loss != self.final_loss:
+            value = float(loss.detach())
+            self.final_loss = value if self.final_loss != self.final_loss else 0.9 * self.final_loss + 0.1 * value
+            self.log("train/loss", value)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Move the weight average."""
+        self.average.update_parameters(self.network)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and the schedule of the recipe, stepped every batch."""
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.recipe.learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def trained_network(self) -> nn.Module:
+        """The averaged network, in eval mode on the CPU."""
+        module = self.average.module
+        assert isinstance(module, nn.Module)
+        return module.eval().cpu()
+
+
+class DiffusionTraining(TrainingModule):
+    """Epsilon prediction at uniform random timesteps.
+
+    References:
+        Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, algorithm 1.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, alphas_cumprod: Tensor, class_conditional: bool) -> None:
+        super().__init__(network, recipe)
+        self.class_conditional = class_conditional
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean squared error of the predicted noise."""
+        x0 = images * 2 - 1
+        alphas_cumprod = self.get_buffer("alphas_cumprod")
+        timesteps = torch.randint(len(alphas_cumprod), (len(x0),), device=x0.device)
+        noise = torch.randn_like(x0)
+        alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        conditioning = {"class_labels": labels} if self.class_conditional else {}
+        x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+        return F.mse_loss(self.network(x, timesteps, **conditioning).sample, noise)
+
+
+class ClassifierTraining(TrainingModule):
+    """Cross entropy with random shifts of up to one pixel; top-1 on the held-out images."""
+
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
+        super().__init__(network, recipe)
+        self.holdout_top1 = float("nan")
+        self._hits: list[Tensor] = []
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of the logits."""
+        shift = torch.randint(-1, 2, (2,)).tolist()
+        return F.cross_entropy(self.network(torch.roll(images, shift, dims=(2, 3))), labels)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Collect hits of the averaged network."""
+        images, labels = batch
+        self.average.eval()
+        self._hits.append((self.average(images).argmax(1) == labels).float())
+
+    def on_validation_epoch_end(self) -> None:
+        """Top-1 in percent over all held-out images."""
+        self.holdout_top1 = float(torch.cat(self._hits).mean() * 100)
+        self._hits.clear()
+        self.log("holdout/top1", self.holdout_top1)
