@@ -8,9 +8,9 @@ import torch
 
 
 def stream_seed(seed: int, *names: str | int) -> int:
-    """Seed of the stream with these names, in [0, 2**63); different names give independent streams."""
+    """Seed of the stream with these names, in [0, 2**53), exact in JSON; different names give independent streams."""
     text = "/".join([str(seed), *map(str, names)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11
 
 
 def stream(seed: int, *names: str | int) -> torch.Generator:

@@ -6,6 +6,7 @@ Integers are kept in float tensors (exact up to 2**24), because that is what sim
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
@@ -46,10 +47,7 @@ def scale_and_zero_point(low: Tensor, high: Tensor, bits: int, symmetric: bool) 
     """
     quant_min, quant_max = integer_range(bits, symmetric)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    if symmetric:
-        scale = torch.maximum(-low, high) / quant_max
-    else:
-        scale = (high - low) / (quant_max - quant_min)
+    scale = torch.maximum(-low, high) / quant_max if symmetric else (high - low) / (quant_max - quant_min)
     tiny = torch.finfo(scale.dtype).tiny
     scale = torch.where(scale > tiny, scale, torch.ones_like(scale))
     zero_point = torch.zeros_like(scale) if symmetric else (quant_min - low / scale).round_()
@@ -81,6 +79,47 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """``dequantize(quantize(x))``: the rounding error of quantization in real arithmetic."""
     return dequantize(quantize(x, scale, zero_point, quant_min, quant_max), scale, zero_point)
+
+
+def fake_quantize_groups(x: Tensor, channel_dim: int, group_size: int, shared_dims: Sequence[int], bits: int) -> Tensor:
+    """Symmetric, dynamic fake quantization with one scale per group of channels, shared along ``shared_dims``.
+
+    In place where no gradient is needed. The scale is the group's largest magnitude, so nothing is clipped; the
+    gradient passes through the scale too, because the size of the rounding error depends on it.
+
+    Args:
+        x: Any shape; changed in place unless it needs a gradient.
+        channel_dim: Dimension that is cut into groups, counted from the front.
+        group_size: Channels of a group, at least 1; the last group may be shorter.
+        shared_dims: Further dimensions over which a scale is shared, counted from the front.
+        bits: 2..16.
+    """
+    num_channels = x.shape[channel_dim]
+    group_size = min(group_size, num_channels)
+    num_even = num_channels - num_channels % group_size
+    in_place = not (torch.is_grad_enabled() and x.requires_grad)
+    parts = []
+    for start, length, size in ((0, num_even, group_size), (num_even, num_channels - num_even, 0)):
+        if length == 0:
+            continue
+        part = x.narrow(channel_dim, start, length).unflatten(channel_dim, (-1, size or length))  # type: ignore[no-untyped-call]
+        dims = [*(d + (d > channel_dim) for d in shared_dims), channel_dim + 1]
+        scale = symmetric_scale(_absmax(part, dims), bits)
+        if in_place:
+            part.div_(scale).round_().mul_(scale)
+        else:
+            parts.append((round_ste(part / scale) * scale).flatten(channel_dim, channel_dim + 1))
+    if in_place:
+        return x
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=channel_dim)
+
+
+def _absmax(x: Tensor, dims: list[int]) -> Tensor:
+    """Largest magnitude over ``dims``, kept; one dimension after the other, which is faster than all at once."""
+    high = low = x
+    for dim in dims:
+        high, low = high.amax(dim, keepdim=True), low.amin(dim, keepdim=True)
+    return torch.maximum(high, -low)
 
 
 def sqnr_db(reference: Tensor, estimate: Tensor) -> float:

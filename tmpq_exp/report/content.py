@@ -235,7 +235,8 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     metric = report["metric"]
     better = "higher" if higher_is_better(metric) else "lower"
     caption = f"{metric}: {better} is better. Quantization is simulated: BitOPs are counted, not timed."
-    table = Table(title=str(report["model"]), caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=str(report["model"]), caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.padding, table.collapse_padding = (0, 1), True
     for heading in ("", "bits W/A"):
         table.add_column(heading, no_wrap=True)
     for heading in ("steps", metric, "psnr_db", "GBitOPs", "saving", "weight KB"):

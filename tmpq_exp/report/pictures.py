@@ -172,9 +172,7 @@ def to_uint8(images: Any, name: str = "images") -> npt.NDArray[np.uint8]:
     return np.broadcast_to(pixels, (len(pixels), 3, *pixels.shape[2:])).transpose(0, 2, 3, 1).copy()
 
 
-def sample_rows(
-    rows: Sequence[tuple[str, Any]], max_columns: int
-) -> list[tuple[str, npt.NDArray[np.uint8]]]:
+def sample_rows(rows: Sequence[tuple[str, Any]], max_columns: int) -> list[tuple[str, npt.NDArray[np.uint8]]]:
     """Labelled rows of byte images, all with the same number of columns and the same size.
 
     Args:

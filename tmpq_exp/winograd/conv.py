@@ -11,7 +11,6 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmpq_exp.quant.allocation import FLOAT_BITS
-from tmpq_exp.quant.primitives import integer_range, round_ste, symmetric_scale
+from tmpq_exp.quant.primitives import fake_quantize_groups, integer_range
 from tmpq_exp.winograd.transform import (
     PointsSpec,
     Transform,
@@ -164,7 +163,7 @@ def transform_weights(weight: Tensor, matrices: WinogradMatrices, spec: Winograd
     u = _transform_2d(matrices.G, taps).view(spec.n**2, num_out, num_in)
     if not spec.quantize_u or weight_bits == FLOAT_BITS:
         return u
-    return _fake_quantize_groups(u, 2, spec.group_size, (), weight_bits)
+    return fake_quantize_groups(u, 2, spec.group_size, (), weight_bits)
 
 
 def winograd_conv2d(
@@ -236,7 +235,7 @@ def _convolve(
     hadamard = torch.bmm(u, v)
     del v
     if spec.quantize_m and spec.m_bits != FLOAT_BITS:
-        hadamard = _fake_quantize_groups(hadamard, 1, spec.m_group_channels, (0,), spec.m_bits)
+        hadamard = fake_quantize_groups(hadamard, 1, spec.m_group_channels, (0,), spec.m_bits)
     y = _transform_2d(matrices.A_T, hadamard).view(spec.m, spec.m, u.shape[1], x.shape[0], *tiles)
     del hadamard
     return y.permute(3, 2, 4, 0, 5, 1).reshape(x.shape[0], u.shape[1], tiles[0] * spec.m, tiles[1] * spec.m)
@@ -279,14 +278,14 @@ def _input_stage(
     )
     padded = F.pad(x.contiguous(), (pad_w, right, pad_h, bottom))  # always a copy, so it may be changed in place
     if spec.quantize_input and act_bits != FLOAT_BITS:
-        padded = _fake_quantize_groups(padded, 1, spec.group_size, (2, 3), act_bits)
+        padded = fake_quantize_groups(padded, 1, spec.group_size, (2, 3), act_bits)
     windows = padded.unfold(2, spec.n, spec.m).unfold(3, spec.n, spec.m)
     columns = windows.permute(4, 5, 1, 0, 2, 3).reshape(spec.n**2, -1)
     del padded, windows
     v = _transform_2d(matrices.B_T, columns).view(spec.n**2, x.shape[1], -1)
     del columns
     if spec.quantize_v and act_bits != FLOAT_BITS:
-        v = _fake_quantize_groups(v, 1, spec.group_size, (), act_bits)
+        v = fake_quantize_groups(v, 1, spec.group_size, (), act_bits)
     return v
 
 
@@ -295,39 +294,3 @@ def _transform_2d(matrix: Tensor, tiles: Tensor) -> Tensor:
     rows, columns = matrix.shape
     half = (matrix @ tiles.reshape(columns, -1)).view(rows, columns, -1)
     return torch.bmm(matrix.expand(rows, rows, columns), half)
-
-
-def _fake_quantize_groups(
-    x: Tensor, channel_dim: int, group_size: int, shared_dims: Sequence[int], bits: int
-) -> Tensor:
-    """Symmetric fake quantization with one scale per group of channels, shared along ``shared_dims``.
-
-    In place where no gradient is needed. The scale is the group's largest magnitude, so nothing is clipped; the
-    gradient passes through the scale too, because the size of the rounding error depends on it.
-    """
-    num_channels = x.shape[channel_dim]
-    group_size = min(group_size, num_channels)
-    num_even = num_channels - num_channels % group_size
-    in_place = not (torch.is_grad_enabled() and x.requires_grad)
-    parts = []
-    for start, length, size in ((0, num_even, group_size), (num_even, num_channels - num_even, 0)):
-        if length == 0:
-            continue
-        part = x.narrow(channel_dim, start, length).unflatten(channel_dim, (-1, size or length))  # type: ignore[no-untyped-call]
-        dims = [*(d + (d > channel_dim) for d in shared_dims), channel_dim + 1]
-        scale = symmetric_scale(_absmax(part, dims), bits)
-        if in_place:
-            part.div_(scale).round_().mul_(scale)
-        else:
-            parts.append((round_ste(part / scale) * scale).flatten(channel_dim, channel_dim + 1))
-    if in_place:
-        return x
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=channel_dim)
-
-
-def _absmax(x: Tensor, dims: list[int]) -> Tensor:
-    """Largest magnitude over ``dims``, kept; one dimension after the other, which is faster than all at once."""
-    high = low = x
-    for dim in dims:
-        high, low = high.amax(dim, keepdim=True), low.amin(dim, keepdim=True)
-    return torch.maximum(high, -low)

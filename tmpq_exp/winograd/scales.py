@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -23,9 +22,6 @@ from tmpq_exp.winograd.transform import PointsSpec, WinogradScales, closed_form_
 
 NOISE_BATCH, NOISE_SIZE = 2, 24
 """Images, and pixels a side, of the noise that a layer sees; 24 is a multiple of the tiles 2, 3, 4, 6 and 8."""
-
-LAYERS_PER_STEP = 2
-"""Layers drawn in a step of learning, the paper's K."""
 
 _TRAIN_STREAM, _HELD_OUT_STREAM = 0, 1
 
@@ -104,7 +100,7 @@ class LearnedScales(nn.Module):
 class WinogradScalesModule(L.LightningModule):
     """Learns one set of scales for all layers of a network from noise alone; a batch is the seed of a step.
 
-    Every step draws ``LAYERS_PER_STEP`` layers, feeds each unit Gaussian noise, and lowers the mean of -SQNR (dB)
+    Every step draws ``layers_per_step`` layers, feeds each unit Gaussian noise, and lowers the mean of -SQNR (dB)
     between the float convolution and the quantized Winograd convolution. Weights stay frozen. A step depends on its
     seed alone, so every rank of a distributed run takes the same steps.
 
@@ -115,6 +111,7 @@ class WinogradScalesModule(L.LightningModule):
         lr: Learning rate of SGD on the log scales, above 0.
         momentum: Of SGD, in [0, 1).
         bits: Bits of x, V and U, 2..16; those of M are the spec's.
+        layers_per_step: Layers drawn in a step, the paper's K.
 
     Raises:
         ValueError: If there is no layer, or ``lr`` or ``momentum`` is out of range.
@@ -133,6 +130,7 @@ class WinogradScalesModule(L.LightningModule):
         lr: float = 0.02,
         momentum: float = 0.9,
         bits: int = 8,
+        layers_per_step: int = 2,
     ) -> None:
         super().__init__()
         if not layers:
@@ -142,7 +140,7 @@ class WinogradScalesModule(L.LightningModule):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), found {momentum!r}")
         self.layers, self.spec, self.bits = tuple(layers), spec, bits
-        self.lr, self.momentum = lr, momentum
+        self.lr, self.momentum, self.layers_per_step = lr, momentum, layers_per_step
         self.transform = spec.transform()
         self.scales = LearnedScales(closed_form_scales(self.transform) if initial is None else initial)
         self.curve: list[float] = []
@@ -150,7 +148,7 @@ class WinogradScalesModule(L.LightningModule):
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """Mean of -SQNR in dB over the layers that this seed draws."""
         generator = torch.Generator().manual_seed(int(batch))
-        drawn = torch.randperm(len(self.layers), generator=generator)[:LAYERS_PER_STEP]
+        drawn = torch.randperm(len(self.layers), generator=generator)[: self.layers_per_step]
         matrices = WinogradMatrices.from_tensors(self.transform, *self.scales())
         losses = [-self._layer_sqnr_db(self.layers[i], matrices, generator) for i in drawn.tolist()]
         loss = torch.stack(losses).mean()
@@ -177,7 +175,7 @@ def gaussian_noise(num_channels: int, generator: torch.Generator) -> Tensor:
 
 
 def step_seeds(seed: int, num_steps: int) -> list[int]:
-    """Seeds of the steps of learning: the data of ``WinogradScalesModule``, no two runs of one seed alike in order."""
+    """Seeds of the steps of learning, the data of ``WinogradScalesModule``; more steps start with the same ones."""
     return _stream(seed, _TRAIN_STREAM, num_steps)
 
 
@@ -200,9 +198,15 @@ def layer_sqnr_db(layer: ConvWeight, spec: WinogradSpec, scales: WinogradScales,
         seed: Of the noise; equal seeds give equal noise for every kind of scale.
         bits: Bits of x, V and U.
     """
+    x = gaussian_noise(layer.weight.shape[1], torch.Generator().manual_seed(seed))
+    return input_sqnr_db(layer, x, spec, scales, bits)
+
+
+@torch.no_grad()
+def input_sqnr_db(layer: ConvWeight, x: Tensor, spec: WinogradSpec, scales: WinogradScales, bits: int) -> float:
+    """SQNR in dB of one layer's quantized Winograd convolution of this input, (B, C, H, W), against float."""
     weight = layer.weight.detach().float().cpu()
     matrices = WinogradMatrices.from_scales(spec.transform(), scales)
-    x = gaussian_noise(weight.shape[1], torch.Generator().manual_seed(seed))
     u = transform_weights(weight, matrices, spec, bits)
     estimate = winograd_conv2d(x, u, None, matrices, spec, bits, layer.padding)
     return sqnr_db(F.conv2d(x, weight, padding=layer.padding), estimate)
@@ -228,6 +232,7 @@ def learn_scales(
     trainer_factory: Callable[..., L.Trainer],
     initial: str = "closed_form",
     bits: int = 8,
+    layers_per_step: int = 2,
 ) -> ScaleResult:
     """Learns one set of scales for a network and judges it, the closed form and the standard scales on held-out noise.
 
@@ -240,6 +245,7 @@ def learn_scales(
         trainer_factory: Called once, with ``max_epochs=1`` and ``max_steps=steps``; makes the Trainer.
         initial: ``closed_form`` or ``standard``.
         bits: Bits of x, V and U.
+        layers_per_step: Layers drawn in a step.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -250,7 +256,9 @@ def learn_scales(
     scales = {"standard": standard_scales(transform), "closed_form": closed_form_scales(transform)}
     if initial not in scales:
         raise ValueError(f"initial must be one of {', '.join(scales)}, found {initial!r}")
-    module = WinogradScalesModule(layers, spec, initial=scales[initial], lr=lr, bits=bits)
+    module = WinogradScalesModule(
+        layers, spec, initial=scales[initial], lr=lr, bits=bits, layers_per_step=layers_per_step
+    )
     trainer_factory(max_epochs=1, max_steps=steps).fit(module, train_dataloaders=step_seeds(seed, steps))
     scales["learned"] = module.scales.to_scales()
     held_out = {kind: network_sqnr_db(layers, spec, value, seed, bits) for kind, value in scales.items()}

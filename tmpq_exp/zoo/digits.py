@@ -75,7 +75,7 @@ class DigitsDDPM(DiffusionModel):
             sample_shape=(1, DIGITS_SIZE, DIGITS_SIZE),
             alphas_cumprod=self.alphas_cumprod(),
             num_classes=NUM_DIGITS,
-            clip_sample=True,
+            clip_sample=False,
         )
 
     def training_module(self) -> DiffusionTraining:

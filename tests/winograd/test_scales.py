@@ -1,0 +1,117 @@
+"""Learned scales: they never lose to the closed form by much, mend a bad start, and repeat under a seed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import lightning as L
+import pytest
+import torch
+
+from tmpq_exp.winograd.conv import WinogradSpec
+from tmpq_exp.winograd.scales import (
+    ConvWeight,
+    LearnedScales,
+    ScaleResult,
+    WinogradScalesModule,
+    layer_sqnr_db,
+    learn_scales,
+    network_sqnr_db,
+    step_seeds,
+)
+from tmpq_exp.winograd.transform import closed_form_scales, standard_scales
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*is deprecated")
+
+trainer_factory: Callable[..., L.Trainer] = functools.partial(
+    L.Trainer,
+    accelerator="cpu",
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+)
+
+
+def network() -> list[ConvWeight]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((16, 1), (16, 16), (24, 16), (16, 40))
+    return [ConvWeight(f"conv{i}", torch.randn(k, c, 3, 3, generator=generator)) for i, (k, c) in enumerate(shapes)]
+
+
+def learn(m: int, *, steps: int = 30, seed: int = 0, initial: str = "closed_form") -> ScaleResult:
+    return learn_scales(
+        network(), WinogradSpec(m), steps=steps, lr=0.02, seed=seed, trainer_factory=trainer_factory, initial=initial
+    )
+
+
+@pytest.mark.parametrize("m", [2, 4, 6])
+def test_learned_scales_hold_the_closed_form(m: int) -> None:
+    result = learn(m)
+    assert result.sqnr_db["learned"] >= result.sqnr_db["closed_form"] - 0.2
+    assert result.kept == max(("closed_form", "learned"), key=lambda kind: result.sqnr_db[kind])
+    assert result.kept_scales == result.scales[result.kept]
+    assert len(result.curve) == 30
+    if m > 2:
+        assert result.sqnr_db["standard"] < 5
+        assert result.sqnr_db["closed_form"] > result.sqnr_db["standard"] + 10
+
+
+def test_learning_mends_the_standard_scales() -> None:
+    result = learn(4, initial="standard")
+    assert result.sqnr_db["learned"] > result.sqnr_db["standard"] + 5
+    pairs = zip(result.scales["learned"].s_b, result.scales["standard"].s_b, strict=True)
+    assert all(a * b > 0 for a, b in pairs)
+
+
+def test_a_seed_repeats_and_another_differs() -> None:
+    first = learn(4, steps=6)
+    assert learn(4, steps=6) == first
+    assert learn(4, steps=6, seed=1).curve != first.curve
+    assert step_seeds(3, 10)[:4] == step_seeds(3, 4)
+
+
+def test_weights_stay_as_they_are() -> None:
+    layers = network()
+    before = [layer.weight.clone() for layer in layers]
+    learn_scales(layers, WinogradSpec(4), steps=2, lr=0.02, seed=0, trainer_factory=trainer_factory)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+    assert all(layer.weight.grad is None for layer in layers)
+
+
+@pytest.mark.parametrize("initial", [standard_scales, closed_form_scales])
+def test_learned_scales_start_where_they_are_told(initial: Callable[..., object]) -> None:
+    scales = initial(WinogradSpec(6).transform())
+    learned = LearnedScales(scales).to_scales()  # type: ignore[arg-type]
+    assert learned.s_b == pytest.approx(scales.s_b, rel=1e-5)  # type: ignore[attr-defined]
+    assert learned.s_g == pytest.approx(scales.s_g, rel=1e-5)  # type: ignore[attr-defined]
+
+
+def test_network_figure_is_the_median_over_layers() -> None:
+    first, second = network()[1], network()[2]
+    broken = ConvWeight("broken", torch.zeros(4, 4, 3, 3), 1)
+    spec = WinogradSpec(4)
+    scales = closed_form_scales(spec.transform())
+    assert layer_sqnr_db(broken, spec, scales, 5) == float("inf")
+    assert layer_sqnr_db(first, spec, scales, 5) == layer_sqnr_db(first, spec, scales, 5)
+    median = network_sqnr_db([first, second, broken], spec, scales, seed=0)
+    assert median == pytest.approx(layer_sqnr_db(first, spec, scales, 5), abs=0.7)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"steps": 0}, "steps must be an integer of at least 1, found 0"),
+        ({"lr": 0.0}, "lr must be above 0, found 0.0"),
+        ({"initial": "zero"}, "initial must be one of standard, closed_form, found 'zero'"),
+        ({"layers": []}, "layers must hold at least one eligible convolution"),
+    ],
+)
+def test_bad_arguments_are_refused(kwargs: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"layers": network(), "steps": 1, "lr": 0.1, **kwargs}
+    layers = arguments.pop("layers")
+    with pytest.raises(ValueError, match=message):
+        learn_scales(layers, WinogradSpec(4), seed=0, trainer_factory=trainer_factory, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="momentum must be in"):
+        WinogradScalesModule(network(), WinogradSpec(4), momentum=1.0)

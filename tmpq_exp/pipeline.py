@@ -1,0 +1,118 @@
+"""The whole line: float task -> supernet -> calibrate -> Winograd scales -> search -> specialize -> evaluate -> report."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tmpq_exp.config import Config
+from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.recipe import apply_recipe, write_recipe
+from tmpq_exp.report import pareto_png, report_html, samples_png, summary_table, write_report_json
+from tmpq_exp.results import assemble_report, sample_rows
+from tmpq_exp.rundir import RunDirectory
+from tmpq_exp.search.trials import Trial, TrialLog
+from tmpq_exp.stages import calibrate, evaluate, prepare, search, select, winograd_scales
+from tmpq_exp.tracking import NullTracker, Tracker, WandbTracker
+
+
+def run(config: Config, resolved: dict[str, Any]) -> None:
+    """Search a model and write recipe and report into the run directory; resumes a run that was killed there.
+
+    Args:
+        config: Checked configuration.
+        resolved: The same as plain data; kept as ``config.yaml``.
+
+    Raises:
+        ValueError: If the input is bad; nothing that was recorded before is lost.
+    """
+    directory = RunDirectory.claim(Path(config.paths.run_dir), resolved)
+    trials = TrialLog(directory.trials)
+    for warning in trials.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+    tracker: Tracker = NullTracker()
+    experiment = prepare(config, directory, trials, on_trial=lambda trial: tracker.log_trial(asdict(trial)))
+    tracker = make_tracker(config, resolved, directory, trials.trials)
+    try:
+        calibrate(experiment)
+        winograd = winograd_scales(experiment)
+        algorithm, search_objective = search(experiment)
+        winner = select(experiment, algorithm)
+        finals, final_objective = evaluate(experiment, winner)
+        report = assemble_report(
+            experiment, winograd, algorithm, winner, finals, search_objective, final_objective, trials.warnings
+        )
+        _specialize(experiment.module, winner, finals["best"], experiment.winograd, directory, config)
+        rows = sample_rows(experiment, winner, final_objective.protocol.seed)
+        _write_pages(directory, report, trials.trials, rows, winner)
+        tracker.log_summary(report)
+        tracker.log_images([directory.pareto, directory.samples])
+    except BaseException:
+        tracker.finish(exit_code=1)
+        raise
+    tracker.finish()
+    Console().print(summary_table(report))
+    print(f"report  {directory.report_html}\nrecipe  {directory.recipe}")
+
+
+def make_tracker(config: Config, resolved: dict[str, Any], directory: RunDirectory, recorded: list[Trial]) -> Tracker:
+    """Tracker of the logger group; what a killed run had recorded is logged again, so that one run holds all."""
+    if config.logger.name == "none":
+        return NullTracker()
+    tracker = WandbTracker(
+        project=config.logger.project,
+        mode=config.logger.mode,
+        directory=directory.path,
+        group=config.logger.group,
+        job_type="run",
+        tags=config.logger.tags,
+        config=resolved,
+        name=directory.path.name,
+    )
+    for trial in recorded:
+        tracker.log_trial(asdict(trial))
+    return tracker
+
+
+def _specialize(
+    module: Any, winner: Candidate, trial: Trial, winograd: Any, directory: RunDirectory, config: Config
+) -> None:
+    """Write the recipe, and make sure that it gives the winner's images back to the last bit."""
+    write_recipe(
+        directory.recipe,
+        directory.recipe_state,
+        module,
+        winner,
+        winograd,
+        micro_batch=config.evaluation.micro_batch,
+        evidence={"metrics": trial.metrics, "num_images": trial.num_images, "seed": trial.seed},
+    )
+    compressed = apply_recipe(directory.recipe, module.task)
+    indices = range(min(config.evaluation.micro_batch, trial.num_images))
+    restored = compressed.sample(len(indices), trial.seed)
+    assert restored.equal(module.images(winner, indices, trial.seed).cpu()), "the recipe gives other images"
+
+
+def _write_pages(
+    directory: RunDirectory, report: dict[str, Any], trials: list[Trial], rows: list[Any], winner: Candidate
+) -> None:
+    """report.json, pareto.png, samples.png and report.html."""
+    records = [asdict(trial) for trial in trials]
+    pareto_png(
+        directory.pareto,
+        records,
+        metric=report["metric"],
+        budget_bitops=report["budget"]["bitops"],
+        budget_name=report["budget"]["name"],
+        best_key=winner.key(),
+        fingerprint=report["fingerprint"]["search"],
+    )
+    samples_png(directory.samples, rows)
+    write_report_json(directory.report_json, report)
+    pictures = {"pareto": directory.pareto, "samples": directory.samples}
+    report_html(directory.report_html, report, records, pictures, rows)

@@ -1,0 +1,302 @@
+"""Quantized convolution, linear and attention products: float inside, every bit choice and tile at hand."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tmpq_exp.config import QuantConfig, QuantizerConfig
+from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS
+from tmpq_exp.quant.quantizer import ActQuantizer, Quantizer, WeightQuantizer
+from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
+
+Observer: TypeAlias = Callable[[ActQuantizer, Tensor], None]
+
+
+@dataclass(frozen=True)
+class LayerSetting:
+    """What one layer does at present: bits of weights (of the softmax for attention) and activations, and tile."""
+
+    weight_bits: int = FLOAT_BITS
+    act_bits: int = FLOAT_BITS
+    tile: int = DIRECT_TILE
+
+
+FLOAT = LayerSetting()
+
+
+class WeightCache:
+    """Quantized weights ready for use, the least recently used ones dropped above a memory cap.
+
+    Args:
+        max_bytes: Cap; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.num_bytes, self.num_misses = max_bytes, 0, 0
+        self._entries: OrderedDict[tuple[str, int, int], Tensor] = OrderedDict()
+
+    def get(self, key: tuple[str, int, int], compute: Callable[[], Tensor]) -> Tensor:
+        """The weights of ``(layer, bits, tile)``, computed if they are not there."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        self.num_misses += 1
+        with torch.no_grad():
+            value = compute()
+        size = value.numel() * value.element_size()
+        if size <= self.max_bytes:
+            self._entries[key] = value
+            self.num_bytes += size
+        while self.num_bytes > self.max_bytes:
+            _, dropped = self._entries.popitem(last=False)
+            self.num_bytes -= dropped.numel() * dropped.element_size()
+        return value
+
+    def clear(self) -> None:
+        """Drop everything: the parameters of some quantizer have changed."""
+        self._entries.clear()
+        self.num_bytes = 0
+
+
+class QuantLayer(nn.Module):
+    """A layer of the supernet.
+
+    Args:
+        name: Name in the layer list.
+        cache: Where quantized weights are kept; one for all layers.
+    """
+
+    def __init__(self, name: str, cache: WeightCache) -> None:
+        super().__init__()
+        self.name, self.cache = name, cache
+        self.setting = FLOAT
+        self.observer: Observer | None = None
+
+    @abstractmethod
+    def act_quantizers(self) -> Iterator[ActQuantizer]:
+        """Quantizers that calibration observes."""
+
+    def weight_rows(self) -> tuple[WeightQuantizer, Tensor] | None:
+        """The weight quantizer and the rows to estimate it from; None without weights."""
+        return None
+
+    def quantizers(self) -> Iterator[tuple[str, Quantizer]]:
+        """Every quantizer with its name inside the layer."""
+        for name, module in self.named_modules():
+            if isinstance(module, Quantizer):
+                yield name, module
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[None]:
+        """Run in float and show every activation that would be quantized to ``observer``."""
+        self.observer = observer
+        try:
+            yield
+        finally:
+            self.observer = None
+
+    def quantize_act(self, quantizer: ActQuantizer, x: Tensor) -> Tensor:
+        """``x`` at the present activation bits."""
+        if self.observer is not None:
+            self.observer(quantizer, x)
+        return x if self.setting.act_bits == FLOAT_BITS else quantizer(x, self.setting.act_bits)
+
+
+class WeightedLayer(QuantLayer):
+    """Convolution or linear layer: one weight quantizer, one quantizer of the input.
+
+    Args:
+        name, cache: See ``QuantLayer``.
+        float_layer: The float layer; its parameters are shared, not copied.
+        num_inputs, channel_dim: Channels of the input and where they are.
+        weight_choices, act_choices: Bit widths to hold; float needs none.
+        config: Quantizer settings.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cache: WeightCache,
+        float_layer: nn.Conv2d | nn.Linear,
+        num_inputs: int,
+        channel_dim: int,
+        weight_choices: Sequence[int],
+        act_choices: Sequence[int],
+        config: QuantConfig,
+    ) -> None:
+        super().__init__(name, cache)
+        self.float_layer = float_layer
+        self.weight_quantizer = WeightQuantizer(weight_choices, float_layer.weight.shape, config.weight)
+        self.act_quantizer = ActQuantizer(act_choices, num_inputs, channel_dim, config.act)
+
+    def act_quantizers(self) -> Iterator[ActQuantizer]:
+        """The input's."""
+        yield self.act_quantizer
+
+    def weight_rows(self) -> tuple[WeightQuantizer, Tensor]:
+        """See ``QuantLayer.weight_rows``."""
+        return self.weight_quantizer, self.weight_quantizer.rows(self.float_layer.weight.detach())
+
+    def weight(self) -> Tensor:
+        """Weights of direct computation at the present bits."""
+        bits = self.setting.weight_bits
+        if bits == FLOAT_BITS:
+            return self.float_layer.weight
+        key = (self.name, bits, DIRECT_TILE)
+        return self.cache.get(key, lambda: self.weight_quantizer(self.float_layer.weight, bits))
+
+
+class QuantConv2d(WeightedLayer):
+    """Convolution, direct or Winograd.
+
+    Args:
+        winograd: Specification and matrices of every tile this layer may take; empty if it is not eligible.
+        **arguments: See ``WeightedLayer``.
+    """
+
+    float_layer: nn.Conv2d
+
+    def __init__(
+        self, *, winograd: Mapping[int, tuple[WinogradSpec, WinogradMatrices]], float_layer: nn.Conv2d, **arguments: Any
+    ) -> None:
+        super().__init__(float_layer=float_layer, num_inputs=float_layer.in_channels, channel_dim=1, **arguments)
+        self.winograd = winograd
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W) -> (B, K, H', W')``."""
+        if self.setting.tile != DIRECT_TILE:
+            return self._winograd_forward(x)
+        x = self.quantize_act(self.act_quantizer, x)
+        return self.float_layer._conv_forward(x, self.weight(), self.float_layer.bias)
+
+    def _winograd_forward(self, x: Tensor) -> Tensor:
+        setting, conv = self.setting, self.float_layer
+        spec, matrices = self.winograd[setting.tile]
+        u = self.cache.get(
+            (self.name, setting.weight_bits, setting.tile),
+            lambda: transform_weights(conv.weight, matrices, spec, setting.weight_bits),
+        )
+        padding = conv.padding
+        assert isinstance(padding, tuple)
+        height, width = padding
+        return winograd_conv2d(x, u, conv.bias, matrices, spec, setting.act_bits, (height, width))
+
+
+class QuantLinear(WeightedLayer):
+    """Linear layer on ``(..., C)``."""
+
+    float_layer: nn.Linear
+
+    def __init__(self, *, float_layer: nn.Linear, **arguments: Any) -> None:
+        super().__init__(float_layer=float_layer, num_inputs=float_layer.in_features, channel_dim=-1, **arguments)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., C) -> (..., K)``."""
+        x = self.quantize_act(self.act_quantizer, x)
+        return nn.functional.linear(x, self.weight(), self.float_layer.bias)
+
+
+class QuantAttentionProducts(QuantLayer):
+    """Attention processor that quantizes q, k, v and the softmax before the two products meet them.
+
+    At float bits it hands over to the processor it replaces, so that a float supernet is bit-equal to the float model.
+
+    Args:
+        name, cache: See ``QuantLayer``.
+        float_processor: Processor of the float model.
+        inner_dim: Channels of q, k and v over all heads.
+        softmax_choices: Bit widths of the softmax.
+        act_choices: Bit widths of q, k and v.
+        config: Quantizer settings of activations.
+
+    References:
+        Sun et al., "TMPQ-DM", arXiv 2404.09532. The softmax lies in [0, 1], so its range is unsigned.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cache: WeightCache,
+        float_processor: Callable[..., Tensor],
+        inner_dim: int,
+        softmax_choices: Sequence[int],
+        act_choices: Sequence[int],
+        config: QuantizerConfig,
+    ) -> None:
+        super().__init__(name, cache)
+        self.float_processor = float_processor
+        self.q, self.k, self.v = (ActQuantizer(act_choices, inner_dim, -1, config) for _ in range(3))
+        unsigned = QuantizerConfig(estimator="minmax", symmetric=False)
+        self.softmax = ActQuantizer(softmax_choices, 1, -1, unsigned)
+
+    def act_quantizers(self) -> Iterator[ActQuantizer]:
+        """Those of q, k, v and the softmax."""
+        yield from (self.q, self.k, self.v, self.softmax)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``forward``, with the signature by which diffusers decides what to pass."""
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+
+    def forward(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention of a diffusers ``Attention`` module; images ``(B, C, H, W)`` or tokens ``(B, N, C)``."""
+        if self.setting == FLOAT and self.observer is None:
+            return self.float_processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape
+        if len(image_shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
+        hidden_states = self._products(attn, hidden_states, context, attention_mask)
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if len(image_shape) == 4:
+            hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _products(self, attn: Any, hidden_states: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k^T) v over all heads, ``(B, N, inner_dim)``."""
+        query, key = attn.to_q(hidden_states), attn.to_k(context)
+        if attn.norm_q is not None or attn.norm_k is not None:
+            raise ValueError(f"layer {self.name}: attention with normalized q and k is not supported")
+        query = attn.head_to_batch_dim(self.quantize_act(self.q, query))
+        key = attn.head_to_batch_dim(self.quantize_act(self.k, key))
+        value = attn.head_to_batch_dim(self.quantize_act(self.v, attn.to_v(context)))
+        weights = attn.get_attention_scores(query, key, mask)
+        if self.observer is not None:
+            self.observer(self.softmax, weights)
+        if self.setting.weight_bits != FLOAT_BITS:
+            weights = self.softmax(weights, self.setting.weight_bits)
+        products: Tensor = attn.batch_to_head_dim(torch.bmm(weights, value))
+        return products

@@ -1,0 +1,254 @@
+"""The weight-sharing supernet: every bit choice of every layer at once, and its Lightning module that makes images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from tmpq_exp.config import QuantConfig
+from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
+from tmpq_exp.quant.allocation import Allocation, Candidate
+from tmpq_exp.quant.layers import (
+    LayerSetting,
+    Observer,
+    QuantAttentionProducts,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    WeightCache,
+)
+from tmpq_exp.quant.quantizer import Quantizer
+from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec
+from tmpq_exp.winograd.transform import WinogradScales, ineligible_reason
+from tmpq_exp.zoo.task import DiffusionTask
+
+PRODUCTS_SUFFIX = ".products"
+
+
+class Supernet(nn.Module):
+    """A float network whose layers can each run at any of their bit choices; float weights, biases and norms shared.
+
+    Outside ``subnet`` it is the float network, to the last bit.
+
+    Args:
+        network: Float network; it is left as it is, only its parameters are shared.
+        layers: Its layers, in the order of every allocation (``trace_layers``).
+        weight_choices, act_choices: Bit widths each layer holds, one entry a layer.
+        config: Quantizer settings.
+
+    References:
+        Sun et al., "TMPQ-DM", arXiv 2404.09532: weight-sharing supernet as precision solver.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: Sequence[LayerShape],
+        weight_choices: Sequence[Sequence[int]],
+        act_choices: Sequence[Sequence[int]],
+        config: QuantConfig,
+    ) -> None:
+        super().__init__()
+        shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+        self.network: nn.Module = _with_fixed_dtype(copy.deepcopy(network, shared))
+        self.cache = WeightCache(config.cache_max_bytes)
+        self.shapes, self.config = tuple(layers), config
+        self.winograd: dict[int, tuple[WinogradSpec, WinogradMatrices]] = {}
+        choices = zip(layers, weight_choices, act_choices, strict=True)
+        self._layers = [self._replace(shape, weights, acts) for shape, weights, acts in choices]
+        self.to(next(network.parameters()).device)
+
+    def _replace(self, shape: LayerShape, weight_choices: Sequence[int], act_choices: Sequence[int]) -> QuantLayer:
+        if isinstance(shape, AttentionShape):
+            attention: Any = self.network.get_submodule(shape.name.removesuffix(PRODUCTS_SUFFIX))
+            layer: QuantLayer = QuantAttentionProducts(
+                shape.name,
+                self.cache,
+                attention.processor,
+                shape.heads * shape.head_dim,
+                weight_choices,
+                act_choices,
+                self.config.act,
+            )
+            attention.set_processor(layer)
+            return layer
+        parent_name, _, child_name = shape.name.rpartition(".")
+        parent = self.network.get_submodule(parent_name)
+        arguments: dict[str, Any] = {
+            "name": shape.name,
+            "cache": self.cache,
+            "float_layer": self.network.get_submodule(shape.name),
+            "weight_choices": weight_choices,
+            "act_choices": act_choices,
+            "config": self.config,
+        }
+        if isinstance(shape, ConvShape):
+            layer = QuantConv2d(winograd=self.winograd if is_eligible(shape) else {}, **arguments)
+        else:
+            layer = QuantLinear(**arguments)
+        setattr(parent, child_name, layer)
+        return layer
+
+    def set_winograd(self, tiles: Mapping[int, tuple[WinogradSpec, WinogradScales]]) -> None:
+        """Let eligible convolutions take these tiles, with these specifications and scales."""
+        device = next(self.network.parameters()).device
+        self.winograd.clear()
+        for m, (spec, scales) in tiles.items():
+            self.winograd[m] = spec, WinogradMatrices.from_scales(spec.transform(), scales).to(device=device)
+        self.cache.clear()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the float network takes and returns."""
+        return self.network(*args, **kwargs)
+
+    @contextmanager
+    def subnet(self, allocation: Allocation) -> Iterator[None]:
+        """Run at these bits and tiles; on leaving, the layers are as they were."""
+        settings = zip(allocation.weight_bits, allocation.act_bits, allocation.tiles, strict=True)
+        before = [layer.setting for layer in self._layers]
+        for layer, setting in zip(self._layers, settings, strict=True):
+            layer.setting = LayerSetting(*setting)
+        try:
+            yield
+        finally:
+            for layer, setting_before in zip(self._layers, before, strict=True):
+                layer.setting = setting_before
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[None]:
+        """Run in float and show every activation that a subnet would quantize to ``observer``."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(layer.observing(observer))
+            yield
+
+    @property
+    def layers(self) -> tuple[QuantLayer, ...]:
+        """The layers, in the order of every allocation."""
+        return tuple(self._layers)
+
+    def named_quantizers(self) -> Iterator[tuple[str, Quantizer]]:
+        """All quantizers, as ``<layer>/<quantizer>``."""
+        for layer in self._layers:
+            for name, quantizer in layer.quantizers():
+                yield f"{layer.name}/{name}", quantizer
+
+    def quantizer_state(self) -> dict[str, Tensor]:
+        """Scales and zero points of all quantizers, no weights: ``<layer>/<quantizer>.<buffer>``."""
+        return {
+            f"{name}.{buffer}": value
+            for name, quantizer in self.named_quantizers()
+            for buffer, value in quantizer.named_buffers()
+        }
+
+    def load_quantizer_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Inverse of ``quantizer_state``.
+
+        Raises:
+            ValueError: If the state is of another network or other bit choices; ``source`` is named.
+        """
+        own = self.quantizer_state()
+        if state.keys() != own.keys():
+            first = sorted(state.keys() ^ own.keys())[0]
+            raise ValueError(f"{source} holds quantizers of another network; the first that differs is {first}")
+        for key, buffer in own.items():
+            if state[key].shape != buffer.shape:
+                raise ValueError(
+                    f"{source}: {key} has shape {tuple(state[key].shape)}, expected {tuple(buffer.shape)}; "
+                    "it was made for other bit choices"
+                )
+            buffer.copy_(state[key])
+        self.quantizers_changed()
+
+    def quantizers_changed(self) -> None:
+        """Forget everything derived from scales and zero points."""
+        self.cache.clear()
+        for layer in self._layers:
+            for quantizer in layer.act_quantizers():
+                quantizer.forget_scalars()
+
+
+def _with_fixed_dtype(network: nn.Module) -> nn.Module:
+    """The network with its ``dtype`` found once.
+
+    diffusers' models look through all of their modules for it at every call, twice, which took longer than all
+    activation quantizers of a small U-Net together.
+    """
+    dtype = next(network.parameters()).dtype
+    cls = type(network)
+    network.__class__ = type(cls.__name__, (cls,), {"dtype": property(lambda _: dtype), "__module__": cls.__module__})
+    return network
+
+
+def is_eligible(shape: ConvShape) -> bool:
+    """Whether a convolution can be computed with F(m, 3)."""
+    return ineligible_reason(shape.kernel_size, shape.stride, shape.dilation, shape.groups) is None
+
+
+class SupernetModule(L.LightningModule):
+    """Builds the supernet of a task and makes images with any of its subnets.
+
+    A float schedule is a candidate like any other, with ``FLOAT_BITS`` everywhere: it runs the float network.
+
+    Args:
+        task: Float task.
+        layers, weight_choices, act_choices, config: See ``Supernet``.
+    """
+
+    def __init__(
+        self,
+        task: DiffusionTask,
+        layers: Sequence[LayerShape],
+        weight_choices: Sequence[Sequence[int]],
+        act_choices: Sequence[Sequence[int]],
+        config: QuantConfig,
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.supernet = Supernet(task.unet, layers, weight_choices, act_choices, config)
+        self._request: tuple[Candidate, Sequence[Sequence[int]], int] | None = None
+
+    @torch.inference_mode()
+    def images(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:
+        """One micro-batch of images.
+
+        Args:
+            candidate: Kept timesteps and allocation.
+            image_indices: Which images of the stream.
+            seed: Seed of the image stream.
+
+        Returns:
+            Images in [0, 1], ``(N, C, H, W)``.
+        """
+        sample, supernet = self.task.sample, self.supernet
+        if len(candidate.allocations) == 1:
+            with supernet.subnet(candidate.allocations[0]):
+                return sample(supernet, image_indices, candidate.timesteps, seed)
+        return sample(
+            supernet,
+            image_indices,
+            candidate.timesteps,
+            seed,
+            activate=lambda step_index: supernet.subnet(candidate.allocation_at(step_index)),
+        )
+
+    @contextmanager
+    def requesting(self, candidate: Candidate, micro_batches: Sequence[Sequence[int]], seed: int) -> Iterator[None]:
+        """Let ``predict_step`` make these micro-batches of images of a candidate; its batches are their numbers."""
+        self._request = (candidate, micro_batches, seed)
+        try:
+            yield
+        finally:
+            self._request = None
+
+    def predict_step(self, batch: int, batch_idx: int) -> Tensor:
+        """Images of one micro-batch, on the CPU."""
+        assert self._request is not None, "predict outside `requesting`"
+        candidate, micro_batches, seed = self._request
+        return self.images(candidate, micro_batches[batch], seed).cpu()

@@ -1,0 +1,215 @@
+"""The recipe: everything that turns the float model into the best candidate again, as JSON and safetensors.
+
+``recipe.json`` holds the kept timesteps, the allocation and the Winograd scales; ``recipe.safetensors`` beside it holds
+scales and zero points at the chosen bits. No weights: they are the float model's, named by their hash. A recipe from a
+stranger is data only, nothing in it is imported, evaluated or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tmpq_exp.config import Granularity, QuantConfig, QuantizerConfig
+from tmpq_exp.cost import LayerShape
+from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
+from tmpq_exp.quant.supernet import SupernetModule
+from tmpq_exp.rundir import write_json
+from tmpq_exp.trace import trace_layers
+from tmpq_exp.winograd.conv import WinogradSpec
+from tmpq_exp.winograd.transform import WinogradScales
+from tmpq_exp.zoo.digits import DigitsDDPM
+from tmpq_exp.zoo.task import DiffusionTask
+from tmpq_exp.zoo.weights import read_tensors, write_tensors
+
+RECIPE_SCHEMA = 1
+EMBEDDED_MODELS = {DigitsDDPM.name: DigitsDDPM}
+"""Models that a recipe may name; for any other one ``apply_recipe`` is given the float task."""
+
+
+@dataclass(frozen=True)
+class CompressedModel:
+    """A float model under a recipe, ready to sample.
+
+    Args:
+        candidate: Kept timesteps and allocation.
+        module: Supernet that holds the chosen bits only.
+        micro_batch: Images a forward; images are bit-equal to the run's at this micro-batch and the same number of
+            threads.
+    """
+
+    candidate: Candidate
+    module: SupernetModule
+    micro_batch: int
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Kept timesteps, in sampling order."""
+        return self.candidate.timesteps
+
+    @property
+    def unet(self) -> nn.Module:
+        """The network; it runs quantized inside ``with model.module.supernet.subnet(allocation)``."""
+        return self.module.supernet
+
+    def sample(self, num_images: int, seed: int, *, first_index: int = 0) -> Tensor:
+        """Images ``first_index ... first_index + num_images - 1`` of a stream.
+
+        Returns:
+            Images in [0, 1], ``(num_images, C, H, W)``, on the CPU.
+
+        Raises:
+            ValueError: If ``num_images`` is below 1.
+        """
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, found {num_images}")
+        indices = range(first_index, first_index + num_images)
+        starts = range(0, num_images, self.micro_batch)
+        return torch.cat(
+            [self.module.images(self.candidate, indices[i : i + self.micro_batch], seed).cpu() for i in starts]
+        )
+
+
+def task_layers(task: DiffusionTask) -> tuple[LayerShape, ...]:
+    """Layers of a task's U-Net, in the order of every allocation."""
+    conditioning = task.conditioning([0])
+
+    def run_forward(network: nn.Module) -> Any:
+        return network(torch.zeros(1, *task.sample_shape), torch.zeros(1, dtype=torch.long), **conditioning)
+
+    return trace_layers(task.unet, run_forward)
+
+
+def write_recipe(
+    path: Path,
+    state_path: Path,
+    module: SupernetModule,
+    candidate: Candidate,
+    winograd: Mapping[int, tuple[WinogradSpec, WinogradScales]],
+    *,
+    micro_batch: int,
+    evidence: Mapping[str, Any],
+) -> None:
+    """Write a candidate of a run's supernet as a recipe.
+
+    Args:
+        path, state_path: ``recipe.json`` and the safetensors file beside it.
+        module: The run's supernet.
+        candidate: What to ship; its allocation is shared by all steps.
+        winograd: Specification and scales of the tiles the supernet may take.
+        micro_batch: Images a forward in the run.
+        evidence: What was measured, kept for the reader.
+    """
+    layers = module.supernet.shapes
+    choices = _choices(candidate)
+    compressed = SupernetModule(module.task, layers, *choices, module.supernet.config)
+    held = dict(module.supernet.named_quantizers())
+    for name, quantizer in compressed.supernet.named_quantizers():
+        quantizer.take(held[name])
+    state = compressed.supernet.quantizer_state()
+    write_tensors(state_path, state, {"model": module.task.name, "weights": module.task.weights_hash})
+    tiles = {m for allocation in candidate.allocations for m in allocation.tiles if m != DIRECT_TILE}
+    recipe = {
+        "schema": RECIPE_SCHEMA,
+        "model": module.task.name,
+        "weights_hash": module.task.weights_hash,
+        "sampler": {"name": "ddim", "eta": 0, "clip_sample": module.task.clip_sample},
+        "micro_batch": micro_batch,
+        "candidate": candidate.to_json(),
+        "layers": [shape.name for shape in layers],
+        "quant": asdict(module.supernet.config),
+        "winograd": {
+            str(m): {"spec": asdict(spec), "scales": scales.to_json()}
+            for m, (spec, scales) in winograd.items()
+            if m in tiles
+        },
+        "state": {"file": state_path.name, "sha256": hashlib.sha256(state_path.read_bytes()).hexdigest()},
+        "evidence": evidence,
+    }
+    write_json(path, recipe)
+
+
+def _choices(candidate: Candidate) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Bit widths that a candidate uses, one entry a layer, without float."""
+
+    def used(per_step: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        return [tuple(sorted(set(bits) - {FLOAT_BITS}, reverse=True)) for bits in zip(*per_step, strict=True)]
+
+    return used([a.weight_bits for a in candidate.allocations]), used([a.act_bits for a in candidate.allocations])
+
+
+def apply_recipe(path: str | Path, task: DiffusionTask | None = None) -> CompressedModel:
+    """Compress the float model by a recipe.
+
+    Args:
+        path: ``recipe.json``; its safetensors file is looked for beside it.
+        task: The float task; None takes the embedded model that the recipe names.
+
+    Returns:
+        The compressed model; at the run's seed its images are bit-equal to the run's best candidate's.
+
+    Raises:
+        ValueError: If a file is missing, damaged or of another model; the file and what was expected are named.
+    """
+    path = Path(path)
+    recipe = _read(path)
+    if task is None:
+        if recipe["model"] not in EMBEDDED_MODELS:
+            raise ValueError(
+                f"{path}: the recipe is for model {recipe['model']!r}, which is not embedded "
+                f"({', '.join(EMBEDDED_MODELS)}); give its float task"
+            )
+        task = EMBEDDED_MODELS[recipe["model"]]().task()
+    if task.weights_hash != recipe["weights_hash"]:
+        raise ValueError(
+            f"{path}: the recipe was made for weights {recipe['weights_hash']}, "
+            f"the float model given ({task.name}) has {task.weights_hash}"
+        )
+    layers = task_layers(task)
+    if [shape.name for shape in layers] != recipe["layers"]:
+        raise ValueError(f"{path}: the layers of the recipe are not those of model {task.name}")
+    candidate = Candidate.from_json(recipe["candidate"])
+    module = SupernetModule(task, layers, *_choices(candidate), _quant_config(recipe["quant"]))
+    state_path = path.parent / Path(recipe["state"]["file"]).name  # a name, never a path out of the recipe's folder
+    state, _ = read_tensors(state_path, "quantizer state of the recipe")
+    found = hashlib.sha256(state_path.read_bytes()).hexdigest()
+    if found != recipe["state"]["sha256"]:
+        raise ValueError(f"{state_path} is not the file that {path.name} was written with (SHA-256 {found[:16]}...)")
+    module.supernet.load_quantizer_state(state, str(state_path))
+    module.supernet.set_winograd(
+        {
+            int(m): (WinogradSpec(**entry["spec"]), WinogradScales.from_json(entry["scales"]))
+            for m, entry in recipe["winograd"].items()
+        }
+    )
+    return CompressedModel(candidate, module, int(recipe["micro_batch"]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}; a recipe.json that a run wrote was expected there")
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); a recipe.json that a run wrote was expected") from error
+    keys = {"schema", "model", "weights_hash", "micro_batch", "candidate", "layers", "quant", "winograd", "state"}
+    if not isinstance(recipe, dict) or not keys <= recipe.keys():
+        missing = sorted(keys - recipe.keys()) if isinstance(recipe, dict) else sorted(keys)
+        raise ValueError(f"{path} is no recipe: it misses {', '.join(missing)}")
+    if recipe["schema"] != RECIPE_SCHEMA:
+        raise ValueError(f"{path}: recipe schema {recipe['schema']!r}, this version reads {RECIPE_SCHEMA}")
+    return recipe
+
+
+def _quant_config(data: Mapping[str, Any]) -> QuantConfig:
+    def quantizer(entry: Mapping[str, Any]) -> QuantizerConfig:
+        return QuantizerConfig(**{**entry, "granularity": Granularity(entry["granularity"])})
+
+    return QuantConfig(**{**data, "weight": quantizer(data["weight"]), "act": quantizer(data["act"])})

@@ -1,0 +1,125 @@
+"""Turns trials into the content of report.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from tmpq_exp.cost import AttentionShape
+from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.report import SCHEMA
+from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.objective import Objective, label
+from tmpq_exp.search.trials import Trial
+from tmpq_exp.stages import Experiment, ragged_groups
+
+SAMPLE_COLUMNS = 12
+
+
+def entry(trial: Trial, name: str, weighted: Sequence[bool]) -> dict[str, Any]:
+    """Report entry of a trial."""
+    candidate = Candidate.from_json(trial.candidate)
+    return {
+        "name": name,
+        "timesteps": list(candidate.timesteps),
+        "bits": label(candidate, weighted),
+        "bitops": trial.bitops,
+        "macs": trial.macs,
+        "weight_bytes": trial.weight_bytes,
+        "metrics": trial.metrics,
+        "num_images": trial.num_images,
+        "seed": trial.seed,
+    }
+
+
+def front(trials: Sequence[Trial], metric: str) -> list[Trial]:
+    """Trials that no other one beats in both quality and BitOPs, cheapest first."""
+    kept: list[Trial] = []
+    for trial in sorted(trials, key=lambda t: (t.bitops, t.score(metric))):
+        if trial.metrics.get(metric) is not None and (not kept or trial.score(metric) < kept[-1].score(metric)):
+            kept.append(trial)
+    return kept
+
+
+def assemble_report(
+    experiment: Experiment,
+    winograd: list[dict[str, Any]],
+    algorithm: EvolutionSearch,
+    winner: Candidate,
+    finals: dict[str, Trial],
+    search_objective: Objective,
+    final_objective: Objective,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """Content of ``report.json``; see ``tmpq_exp.report.REPORT_KEYS``."""
+    config, metric = experiment.config, experiment.metric.name
+    weighted = [not isinstance(shape, AttentionShape) for shape in experiment.layers]
+    searched = [t for t in experiment.trials.of_phase("search") if t.fingerprint == search_objective.fingerprint]
+    seconds = experiment.run.stage_seconds()
+    best = entry(finals["best"], "best", weighted)
+    best |= {
+        "metrics_supernet": finals["best"].metrics,  # the shipped subnet is the supernet's own, not re-calibrated
+        "candidate": winner.to_json(),
+        "layers": [shape.name for shape in experiment.layers],
+        "weighted": weighted,
+    }
+    baselines = experiment.baselines()
+    scored = {name: search_objective.trials.find(c, search_objective.fingerprint) for name, c in baselines.items()}
+    hadamard = experiment.cost.hadamard_bitops(winner)
+    failed = [trial for trial in searched if trial.error is not None]
+    starts = json.loads(experiment.run.environment.read_text(encoding="utf-8"))["starts"]
+    return {
+        "schema": SCHEMA,
+        "model": experiment.task.name,
+        "fingerprint": {"search": search_objective.fingerprint, "final": final_objective.fingerprint},
+        "fingerprint_parts": {
+            "search": search_objective.fingerprint_parts,
+            "final": final_objective.fingerprint_parts,
+        },
+        "metric": metric,
+        "num_train_timesteps": experiment.task.num_train_timesteps,
+        "budget": {"bitops": experiment.budget_bitops, "name": _budget_name(experiment)},
+        "baselines": [entry(finals[name], name, weighted) for name in baselines],
+        "best": best | {"hadamard_bitops": hadamard},
+        "front": [entry(trial, trial.key, weighted) for trial in front(searched, metric)],
+        "winograd": [{key: value for key, value in tile.items() if key != "scales"} for tile in winograd],
+        "winograd_choice": f"f{config.winograd.tile}" if config.winograd.tile else "none",
+        "search": {
+            "num_evaluations": len(searched),
+            "num_failed": len(failed),
+            "stop_reason": algorithm.stop_reason,
+            "seconds": seconds.get("search", 0.0),
+            "num_images": search_objective.protocol.num_images,
+            "seed": search_objective.protocol.seed,
+            "statistics": asdict(algorithm.statistics),
+        },
+        "search_baselines": [entry(trial, name, weighted) for name, trial in scored.items() if trial is not None],
+        "stages": seconds,
+        "warnings": [*warnings, *(f"candidate {t.key} failed: {t.error}" for t in failed)],
+        "ragged_groups": ragged_groups(experiment),
+        "environment": starts[-1],
+        "seed": config.seed,
+    }
+
+
+def _budget_name(experiment: Experiment) -> str:
+    budget = experiment.config.budget
+    return "bitops" if budget.bitops is not None else f"w{budget.weight_bits}a{budget.act_bits}"
+
+
+def sample_rows(experiment: Experiment, winner: Candidate, seed: int) -> list[tuple[str, Tensor]]:
+    """Labelled rows of images at the same final seeds: every baseline, and the best found."""
+    config = experiment.config
+    names = {
+        "float_reference": f"float, {config.evaluation.reference_steps} steps",
+        "float_k": f"float, {config.space.num_inference_steps} steps",
+        "w8a8": "W8A8",
+        "w6a6": "W6A6",
+    }
+    rows = {names[name]: candidate for name, candidate in experiment.baselines().items()} | {"best found": winner}
+    indices = range(min(SAMPLE_COLUMNS, config.evaluation.num_images))
+    return [(label, experiment.module.images(candidate, indices, seed).cpu()) for label, candidate in rows.items()]
