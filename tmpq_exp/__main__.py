@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -26,19 +25,13 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def quiet_lightning() -> None:
-    """Keep Lightning's hardware notes and tips out of the output; its warnings stay."""
-    import lightning  # noqa: F401 - sets its loggers' levels when imported
-
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
 def run_job(composed: DictConfig) -> None:
     """One job of Hydra: the door through which a configuration enters."""
     config = to_config(composed)
     resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     import torch  # after the checks, so that a typo fails at once
+
+    from tmpq_exp.progress import quiet_lightning
 
     quiet_lightning()
     if config.num_threads is not None:

@@ -168,7 +168,7 @@ class CalibrationConfig:
 
     num_images: int = 32
     num_timesteps: int = 20
-    max_values: int = 2**16
+    max_values: int = 2**14
 
     def __post_init__(self) -> None:
         _check_at_least("calibration.num_images", self.num_images, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import torch
 from sklearn.datasets import load_digits
@@ -63,6 +65,6 @@ class DigitsData(L.LightningDataModule):
         generator = torch.Generator().manual_seed(self.seed)
         return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, generator=generator)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The held-out images in order."""
-        return DataLoader(self.holdout_set, 512)
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]] | list[Any]:
+        """The held-out images in order; nothing without any."""
+        return DataLoader(self.holdout_set, 512) if len(self.holdout_set) else []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 
 def explain(error: BaseException, arguments: Iterable[str], conf_dir: Path) -> str:
@@ -56,11 +57,12 @@ def _group_problem(override: Override, conf_dir: Path) -> str | None:
     if not group.is_dir():
         return None
     options = sorted(path.stem for path in group.glob("*.yaml")) + sorted(p.name for p in group.iterdir() if p.is_dir())
-    values = override.value() if override.is_sweep_override() else [override.value()]
-    choices = [str(value) for value in getattr(values, "list", values)]
+    value = override.value()
+    choices = [str(choice) for choice in (value.list if isinstance(value, ChoiceSweep) else [value])]
     for choice in choices:
         if choice not in options and choice != "None" and not (group / f"{choice}.yaml").exists():
-            return f"{override.key_or_group}={choice}: no such option{_nearest(choice, options)}; options: {', '.join(options)}"
+            known = f"options: {', '.join(options)}"
+            return f"{override.key_or_group}={choice}: no such option{_nearest(choice, options)}; {known}"
     return None
 
 
@@ -91,13 +93,12 @@ def _known_keys(conf_dir: Path) -> set[str]:
         composed = compose("config")
     keys: set[str] = {path.name for path in conf_dir.iterdir() if path.is_dir()}
 
-    def collect(node: DictConfig, prefix: str) -> None:
-        for name in node:
+    def collect(node: Any, prefix: str) -> None:
+        for name, child in node.items():
             key = f"{prefix}{name}"
             keys.add(key)
-            child = node._get_node(name)
-            if OmegaConf.is_dict(child) and not child._is_none() and not child._is_missing():
+            if isinstance(child, dict):
                 collect(child, f"{key}.")
 
-    collect(composed, "")
+    collect(OmegaConf.to_container(composed, throw_on_missing=False), "")
     return keys

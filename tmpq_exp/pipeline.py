@@ -1,4 +1,4 @@
-"""The whole line: float task -> supernet -> calibrate -> Winograd scales -> search -> specialize -> evaluate -> report."""
+"""The whole line: float task, supernet, calibration, Winograd scales, search, specialize, evaluate, report."""
 
 from __future__ import annotations
 

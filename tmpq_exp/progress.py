@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+import warnings
 from typing import Any
 
 import lightning as L
@@ -11,6 +13,23 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_INTERVAL_SECONDS = 10.0
+
+EXPECTED_WARNINGS = (
+    r".*configure_optimizers. returned .None.",  # calibration and search need no optimizer
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # networks are quantized as they are used
+    r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 with torch 2.15
+    r".*does not have many workers",  # the data is in memory
+    r"Checkpoint directory .* exists and is not empty",  # training writes its checkpoints into the run directory
+)
+"""Warnings of Lightning that say nothing here; the command line and the tests leave them out, and no others."""
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's hardware notes, tips and ``EXPECTED_WARNINGS`` out of the output."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 class StageBar:

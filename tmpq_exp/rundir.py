@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from tmpq_exp.config import UserError
+from tmpq_exp.files import replace_file
 
 VOLATILE_KEYS = ("logger", "paths")
 """Parts of the configuration that do not change results; a run may be resumed with others."""
@@ -27,19 +29,9 @@ VOLATILE_KEYS = ("logger", "paths")
 _PACKAGES = ("torch", "torchvision", "lightning", "diffusers", "transformers", "torchmetrics", "pytorch-fid", "numpy")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file so that readers see the old text or the whole new one, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def write_json(path: Path, value: Any) -> None:
-    """``write_atomic`` of strict JSON: no NaN, no Infinity."""
-    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write strict JSON atomically: no NaN, no Infinity."""
+    replace_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def digest(value: Any) -> str:
@@ -83,7 +75,7 @@ class RunDirectory:
             )
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomic(run.config, yaml.safe_dump(plain, sort_keys=False))
+            replace_file(run.config, OmegaConf.to_yaml(plain).encode())
         _record_start(run.environment)
         return run
 
@@ -151,8 +143,8 @@ _FILES = {
 
 def _refuse_other_config(path: Path, config: Mapping[str, Any]) -> None:
     try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        before = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"hydra.run.dir: {path} is no YAML ({error})") from error
     if not isinstance(before, dict):
         raise UserError(f"hydra.run.dir: {path} holds no configuration of this program")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -234,7 +235,7 @@ def winograd_scales(experiment: Experiment) -> list[dict[str, Any]]:
     results = []
     for m in tiles:
         inputs = [experiment.task.weights_hash, asdict(config), m, experiment.config.seed]
-        result = experiment.run.stage(f"winograd f{m}", inputs, [], lambda m=m: _learn_tile(experiment, m))
+        result = experiment.run.stage(f"winograd f{m}", inputs, [], partial(_learn_tile, experiment, m))
         results.append(result)
         if m == config.tile:
             scales = WinogradScales.from_json(
@@ -259,7 +260,8 @@ def _learn_tile(experiment: Experiment, m: int) -> dict[str, Any]:
     layers = [_conv_weight(experiment.task.unet, shape.name) for shape in eligible]
     seed = stream_seed(experiment.config.seed, "winograd", m) % 2**32
     scales = {"standard": standard_scales(spec.transform()), "closed_form": closed_form_scales(spec.transform())}
-    kept, curve = "closed_form", ()
+    kept = "closed_form"
+    curve: tuple[float, ...] = ()
     if config.learning.num_steps:
         result = learn_scales(
             layers,

@@ -17,9 +17,10 @@ from torch import Tensor
 from tmpq_exp.config import Config
 from tmpq_exp.data import uci_digits
 from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
+from tmpq_exp.files import replace_file
 from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
 from tmpq_exp.progress import StageProgress
-from tmpq_exp.rundir import RunDirectory, describe_environment, write_atomic
+from tmpq_exp.rundir import RunDirectory, describe_environment
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.task import DiffusionTask, FloatModel
@@ -39,7 +40,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     torch.manual_seed(stream_seed(config.seed, "train"))
     model: FloatModel = instantiate(config.model)
     data = instantiate(config.data)
-    module: TrainingModule = model.training_module()
+    module = model.training_module()
     num_steps = module.recipe.num_steps
     checkpoint = ModelCheckpoint(run.path, filename="last", save_top_k=1, every_n_train_steps=CHECKPOINT_EVERY_STEPS)
     trainer = instantiate(config.trainer)(
@@ -58,7 +59,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     network = module.trained_network()
     write_tensors(run.weights, network.state_dict(), {"model": model.name, "seed": str(config.seed)})
     quality = _assess(config, model, module, run)
-    write_atomic(run.model_card, _model_card(config, model, module, quality, seconds))
+    replace_file(run.model_card, _model_card(config, model, module, quality, seconds).encode())
     print(run.model_card.read_text(encoding="utf-8"))
     print(f"weights     {run.weights}\nmodel card  {run.model_card}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,10 +47,10 @@ def ddim_step(
     References:
         Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, equation (12).
     """
-    x0 = (x - (1 - alpha_cumprod) ** 0.5 * noise) / alpha_cumprod**0.5
+    x0 = x.sub(noise, alpha=math.sqrt(1 - alpha_cumprod)).div_(math.sqrt(alpha_cumprod))
     if clip_sample:
-        x0 = x0.clamp_(-1, 1)
-    return alpha_cumprod_next**0.5 * x0 + (1 - alpha_cumprod_next) ** 0.5 * noise
+        x0.clamp_(-1, 1)
+    return x0.mul_(math.sqrt(alpha_cumprod_next)).add_(noise, alpha=math.sqrt(1 - alpha_cumprod_next))
 
 
 def ddim_sample(

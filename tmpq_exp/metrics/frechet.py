@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from pytorch_fid.fid_score import calculate_frechet_distance
+from scipy.linalg import LinAlgWarning
 from torch import Tensor
 
 from tmpq_exp.data import to_uint8
@@ -98,7 +100,9 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         NeurIPS 2017, equation (6).
     """
     arguments: list[np.ndarray] = [a.mean.numpy(), a.covariance.numpy(), b.mean.numpy(), b.covariance.numpy()]
-    return float(calculate_frechet_distance(*arguments))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LinAlgWarning)  # features that are always 0 make singular covariances
+        return float(calculate_frechet_distance(*arguments))
 
 
 @dataclass(frozen=True)

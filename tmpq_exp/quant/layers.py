@@ -175,7 +175,8 @@ class QuantConv2d(WeightedLayer):
         if self.setting.tile != DIRECT_TILE:
             return self._winograd_forward(x)
         x = self.quantize_act(self.act_quantizer, x)
-        return self.float_layer._conv_forward(x, self.weight(), self.float_layer.bias)
+        y: Tensor = self.float_layer._conv_forward(x, self.weight(), self.float_layer.bias)
+        return y
 
     def _winograd_forward(self, x: Tensor) -> Tensor:
         setting, conv = self.setting, self.float_layer
@@ -277,13 +278,13 @@ class QuantAttentionProducts(QuantLayer):
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
         attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
-        hidden_states = self._products(attn, hidden_states, context, attention_mask)
-        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        out: Tensor = attn.to_out[1](attn.to_out[0](self._products(attn, hidden_states, context, attention_mask)))
         if len(image_shape) == 4:
-            hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
+            out = out.transpose(1, 2).reshape(image_shape)
         if attn.residual_connection:
-            hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+            out = out + residual
+        out = out / attn.rescale_output_factor
+        return out
 
     def _products(self, attn: Any, hidden_states: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(q k^T) v over all heads, ``(B, N, inner_dim)``."""

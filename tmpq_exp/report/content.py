@@ -9,11 +9,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from tmpq_exp.files import replace_file
 
 SCHEMA = 1
 """Version of the keys below; it rises when a key changes its meaning or goes away."""
@@ -155,20 +156,6 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     raise ValueError(f"a report holds numbers, strings, lists and mappings, found {value!r}")
-
-
-def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all: a reader sees the old content or the new, never a part."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_report_json(path: str | os.PathLike[str], report: Mapping[str, Any]) -> None:

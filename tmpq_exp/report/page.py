@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from tmpq_exp.files import replace_file
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
 from tmpq_exp.report.charts import progress_chart, trials_chart
 from tmpq_exp.report.content import (
@@ -19,7 +20,6 @@ from tmpq_exp.report.content import (
     higher_is_better,
     number,
     plain,
-    replace_file,
     saving_factor,
     table_rows,
     validate_report,

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from tmpq_exp.report.content import higher_is_better, replace_file
+from tmpq_exp.files import replace_file
+from tmpq_exp.report.content import higher_is_better
 from tmpq_exp.report.points import SearchView, search_view
 
 LOG_SPREAD = 8.0

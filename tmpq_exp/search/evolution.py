@@ -76,6 +76,8 @@ class EvolutionSearch:
         seed_candidates: At most ``population_size``; each must lie in the space, and may cost more than the budget.
         fill: Raise the bits of every candidate but the seeds to the ceiling (``Budget.fill``). A filled candidate that
             was asked before gives way to the one it was filled from.
+        sample_from: How random candidates come by their bits: ``highest``: the highest of every layer, lowered to the
+            budget where they cost most; ``uniform``: drawn, then lowered.
 
     Raises:
         ValueError: If an argument lies outside its range, or no candidate fits the budget.
@@ -83,8 +85,9 @@ class EvolutionSearch:
     References:
         Sun et al., "TMPQ-DM", arXiv 2404.09532: evolutionary search over timesteps and bits.
 
-    Differs from the authors' release, which draws until a candidate is feasible, without a cap, and fills nothing. Its
-    settings: population 50, parents 10, mutants 25, crossovers 10, generations 20, mutation_prob 0.25, ``fill=False``.
+    Differs from the authors' release, which draws bits uniformly until a candidate is feasible, without a cap, and
+    fills nothing. Its settings: population 50, parents 10, mutants 25, crossovers 10, generations 20,
+    mutation_prob 0.25, ``fill=False``, ``sample_from="uniform"``.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class EvolutionSearch:
         seed: int = 0,
         seed_candidates: tuple[Candidate, ...] = (),
         fill: bool = True,
+        sample_from: str = "highest",
     ) -> None:
         _at_least(1, population_size=population_size, num_parents=num_parents)
         _at_least(1, num_generations=num_generations, max_attempts=max_attempts)
@@ -121,7 +125,10 @@ class EvolutionSearch:
         for index, candidate in enumerate(seed_candidates):
             if not space.contains(candidate):
                 raise ValueError(f"seed_candidates must lie in the search space, found {index} outside: {candidate}")
+        if sample_from not in ("highest", "uniform"):
+            raise ValueError(f"sample_from must be highest or uniform, found {sample_from!r}")
         self.space = space
+        self.sample_from = sample_from
         self.budget = Budget(space, cost, budget_bitops)
         self.population_size, self.num_parents = population_size, num_parents
         self.num_mutants, self.num_crossovers = num_mutants, num_crossovers
@@ -270,6 +277,7 @@ class EvolutionSearch:
             "seed": self.seed,
             "seed_candidates": [candidate.key() for candidate in self.seed_candidates],
             "fill": self.fill,
+            "sample_from": self.sample_from,
         }
 
     def _draw_generation(self) -> None:
@@ -311,7 +319,11 @@ class EvolutionSearch:
 
         if origin is Origin.MUTATION:
             return mutate
-        return cross if origin is Origin.CROSSOVER else lambda: self.space.sample(rng)
+        return (
+            cross
+            if origin is Origin.CROSSOVER
+            else lambda: self.space.sample(rng, highest_bits=self.sample_from == "highest")
+        )
 
     def _offer(self, drawn: Candidate, origin: Origin, rng: np.random.Generator) -> bool:
         """Repair, fill and accept a draw; False if it was asked before."""

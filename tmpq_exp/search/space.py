@@ -84,10 +84,19 @@ class SearchSpace:
         """Distinct candidates, whatever they cost."""
         return math.prod(len(choices) for choices in self._genes)
 
-    def sample(self, rng: np.random.Generator) -> Candidate:
-        """Candidate with every gene drawn uniformly."""
+    def sample(self, rng: np.random.Generator, *, highest_bits: bool = False) -> Candidate:
+        """Candidate with every gene drawn uniformly.
+
+        With ``highest_bits`` every layer has its highest bits instead, for ``Budget.repair`` to lower: layers that
+        cost little then keep them. Ours.
+        """
         draws = rng.random(len(self._genes)).tolist()
-        return self._candidate([self._choose(gene, draw) for gene, draw in enumerate(draws)])
+        candidate = self._candidate([self._choose(gene, draw) for gene, draw in enumerate(draws)])
+        if not highest_bits:
+            return candidate
+        weight_bits, act_bits = (tuple(map(max, choices)) for choices in (self.weight_choices, self.act_choices))
+        tiles = candidate.allocations[0].tiles
+        return Candidate(candidate.timesteps, (Allocation(weight_bits, act_bits, tiles),))
 
     def mutate(self, candidate: Candidate, mutation_prob: float, rng: np.random.Generator) -> Candidate:
         """Redraw each gene uniformly with probability ``mutation_prob``, a timestep within its group.

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
 from tmpq_exp.diffusion.sampler import ddim_sample, initial_noise
+from tmpq_exp.zoo.training import TrainingModule
 from tmpq_exp.zoo.weights import content_hash
 
 
@@ -118,7 +118,7 @@ class FloatModel(ABC):
         """
 
     @abstractmethod
-    def training_module(self) -> L.LightningModule:
+    def training_module(self) -> TrainingModule:
         """Module that trains the network by this model's recipe; its ``trained_network()`` gives the result."""
 
 

@@ -56,7 +56,8 @@ class TrainingModule(L.LightningModule):
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network, self.recipe = network, recipe
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
+        moving_average = get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
+        self.average = AveragedModel(network, multi_avg_fn=moving_average, use_buffers=True)
         self.final_loss = float("nan")
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:

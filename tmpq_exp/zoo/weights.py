@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from tmpq_exp.files import replace_file
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -33,10 +35,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write atomically: readers see the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(contiguous, temporary, metadata=dict(metadata))
-    temporary.replace(path)
+    replace_file(path, save(contiguous, metadata=dict(metadata)))
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
