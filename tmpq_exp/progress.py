@@ -19,6 +19,7 @@ EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode at the start of training",  # networks are quantized as they are used
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 with torch 2.15
     r".*does not have many workers",  # the data is in memory
+    r"You passed in a .val_dataloader. but have no",  # a data module may hold out images that a recipe leaves alone
     r"Checkpoint directory .* exists and is not empty",  # training writes its checkpoints into the run directory
 )
 """Warnings of Lightning that say nothing here; the command line and the tests leave them out, and no others."""

@@ -170,12 +170,15 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package lies in, with ``-dirty`` behind it; None outside one."""
+    """Commit of the checkout this package lies in, with ``-dirty`` behind it where files are changed.
+
+    Outside a checkout: the environment variable ``GIT_COMMIT``, which builds from copies set; None without it.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("GIT_COMMIT")
 
 
 def describe_environment() -> dict[str, Any]:

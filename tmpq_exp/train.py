@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,8 +57,9 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     seconds = time.perf_counter() - start
     network = module.trained_network()
     write_tensors(run.weights, network.state_dict(), {"model": model.name, "seed": str(config.seed)})
+    device = _device_name(trainer.strategy.root_device)
     quality = _assess(config, model, module, run)
-    replace_file(run.model_card, _model_card(config, model, module, quality, seconds).encode())
+    replace_file(run.model_card, _model_card(config, model, module, quality, seconds, device).encode())
     print(run.model_card.read_text(encoding="utf-8"))
     print(f"weights     {run.weights}\nmodel card  {run.model_card}")
 
@@ -67,20 +67,31 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
 def _assess(config: Config, model: FloatModel, module: TrainingModule, run: RunDirectory) -> dict[str, float]:
     if isinstance(module, ClassifierTraining):
         network = module.trained_network()
-        images = uci_digits()[0].float() / 255
         sums = FeatureSums(network)  # type: ignore[arg-type]
-        sums.update(images)
+        sums.update(_all_digits()[0])
         sums.statistics().save(run.reference, "all 1,797 UCI digits, bilinear to 16x16, uint8")
         return {"top-1 on held-out images, percent": module.holdout_top1}
     assert isinstance(module, DiffusionTraining)
     assert isinstance(model, DigitsDDPM)
+    module.cpu()
     task = model.wrap(module.trained_network())
     metric: FrechetMetric = instantiate(config.evaluation.metric)
-    quality = {}
+    quality = {"noise MSE of the averaged weights, all images": module.average_loss(*_all_digits())}
     for num_steps in (config.space.num_inference_steps, config.evaluation.reference_steps):
         name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} quadratic steps"
         quality[name] = metric(_images(task, config, num_steps))
     return quality
+
+
+def _all_digits() -> tuple[Tensor, Tensor]:
+    images, labels = uci_digits()
+    return images.float() / 255, labels
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{describe_environment()['processor']}, {torch.get_num_threads()} threads"
 
 
 def _images(task: DiffusionTask, config: Config, num_steps: int) -> Iterator[Tensor]:
@@ -94,10 +105,9 @@ def _images(task: DiffusionTask, config: Config, num_steps: int) -> Iterator[Ten
 
 
 def _model_card(
-    config: Config, model: FloatModel, module: TrainingModule, quality: dict[str, float], seconds: float
+    config: Config, model: FloatModel, module: TrainingModule, quality: dict[str, float], seconds: float, device: str
 ) -> str:
     environment = describe_environment()
-    device = environment["gpus"][0] if environment["gpus"] else f"{environment['processor']}, {platform.machine()}"
     num_parameters = sum(p.numel() for p in module.network.parameters())
     assert all(math.isfinite(value) for value in quality.values()), quality
     rows = [

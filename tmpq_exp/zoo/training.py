@@ -104,6 +104,17 @@ class DiffusionTraining(TrainingModule):
         self.class_conditional = class_conditional
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
+    @torch.no_grad()
+    def average_loss(self, images: Tensor, labels: Tensor, num_draws: int = 8, seed: int = 0) -> float:
+        """Loss of the averaged weights over these images, ``num_draws`` random timesteps and noises each."""
+        network, self.network = self.network, self.trained_network()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return float(torch.stack([self.loss(images, labels) for _ in range(num_draws)]).mean())
+        finally:
+            self.network = network
+
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean squared error of the predicted noise."""
         x0 = images * 2 - 1
