@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import math
 import re
@@ -33,11 +34,12 @@ from tmpq_exp.report import (
 )
 from tmpq_exp.report.charts import Axis
 from tmpq_exp.report.content import plain
-from tmpq_exp.report.points import Point, pareto_front
+from tmpq_exp.report.points import Point, pareto_front, spread
 
 LAYERS = [
     "conv_in", "time_embedding.linear_1", "time_embedding.linear_2",
-    *(f"{side}_blocks.{i}.resnets.{j}.conv{k}" for side in ("down", "up") for i in range(3) for j in (0, 1) for k in (1, 2)),
+    *(f"{side}_blocks.{i}.resnets.{j}.conv{k}" for side in ("down", "up") for i in range(3)
+      for j in (0, 1) for k in (1, 2)),
     *(f"mid_block.attentions.0.to_{name}" for name in ("q", "k", "v")), "mid_block.attentions.0.products", "conv_out",
 ]  # fmt: skip
 WEIGHTED = [not name.endswith("products") for name in LAYERS]
@@ -59,10 +61,13 @@ def candidate(seed: int, num_allocations: int = 1) -> Candidate:
     return Candidate(steps, allocations)
 
 
-def entry(name: str, bits: float, quality: float, psnr: float | None, steps: tuple[int, ...] = QUADRATIC) -> dict[str, Any]:
+def entry(
+    name: str, bits: float, quality: float, psnr: float | None, steps: tuple[int, ...] = QUADRATIC
+) -> dict[str, Any]:
     label = "float" if bits == 32 else f"W{bits:g}A{bits:g}"
     return {
-        "name": name, "timesteps": list(steps), "bits": {"weight_bits_mean": bits, "act_bits_mean": bits, "label": label},
+        "name": name, "timesteps": list(steps),
+        "bits": {"weight_bits_mean": bits, "act_bits_mean": bits, "label": label},
         "bitops": round(BUDGET / 36 * bits * bits * len(steps) / 10), "macs": BUDGET // 36,
         "weight_bytes": round(150_000 * bits), "metrics": {"fd_digits": quality, "psnr_db": psnr}, "num_images": 512,
         "seed": 7,
@@ -83,7 +88,9 @@ def make_trials(count: int = 72) -> list[dict[str, Any]]:
     names = {"float_reference": (16.2, 50), "float_k": (17.4, 10), "w8a8": (18.3, 10), "w6a6": (21.1, 10)}
     costs = {"float_reference": 1024 / 36 * 5, "float_k": 1024 / 36, "w8a8": 64 / 36, "w6a6": 1.0}
     trials = [
-        trial(i, value, BUDGET * costs[name], phase="baseline", name=name, key=name, candidate={"timesteps": [0] * steps})
+        trial(
+            i, value, BUDGET * costs[name], phase="baseline", name=name, key=name, candidate={"timesteps": [0] * steps}
+        )
         for i, (name, (value, steps)) in enumerate(names.items())
     ]
     for index in range(len(names), count + len(names)):
@@ -100,7 +107,10 @@ def make_report(num_allocations: int = 1) -> dict[str, Any]:
     best = entry("best", 5.7, 17.62, 21.4, shipped.timesteps) | {
         "metrics_supernet": {"fd_digits": 17.9}, "candidate": shipped.to_json(), "layers": LAYERS, "weighted": WEIGHTED,
     }  # fmt: skip
-    reason = [{"name": "conv_in", "reason": "stride 2"}, {"name": "time_embedding.linear_1", "reason": "not a 3x3 convolution"}]
+    reason = [
+        {"name": "conv_in", "reason": "stride 2"},
+        {"name": "time_embedding.linear_1", "reason": "not a 3x3 convolution"},
+    ]
     return {
         "schema": 1, "model": "ddpm_digits", "fingerprint": {"search": "search-f", "final": "final-f"},
         "metric": "fd_digits", "num_train_timesteps": 1000, "budget": {"bitops": BUDGET, "name": "w6a6"},
@@ -111,13 +121,15 @@ def make_report(num_allocations: int = 1) -> dict[str, Any]:
         "best": best, "front": [entry(f"trial-{i}", 6 - i / 2, 17.6 + i, 20.0) for i in range(3)],
         "winograd": [
             {"m": m, "points": ["0", "1", "-1", "2", "-2", "inf"], "eligible_layers": LAYERS[3:20],
-             "ineligible_layers": reason, "sqnr_db": {"standard": 3.1 - m, "closed_form": 21.0 - m, "learned": 23.4 - m}}
+             "ineligible_layers": reason,
+             "sqnr_db": {"standard": 3.1 - m, "closed_form": 21.0 - m, "learned": 23.4 - m}}
             for m in (2, 4, 6)
         ],
         "winograd_choice": "none",
         "search": {"num_evaluations": 72, "stop_reason": "the evaluation budget is spent", "seconds": 131.4,
                    "num_images": 128, "seed": 1, "statistics": {}},
-        "search_baselines": [], "stages": {"load": 1.2, "calibrate": 6.8, "winograd": 9.1, "search": 131.4, "evaluate": 22.0},
+        "search_baselines": [],
+        "stages": {"load": 1.2, "calibrate": 6.8, "winograd": 9.1, "search": 131.4, "evaluate": 22.0},
         "warnings": ["Differences of fd_digits below about 0.5 are within the noise of 512 images."],
         "ragged_groups": [{"name": "conv_in", "group_size": 32, "last_group": 1}],
         "environment": {"python": "3.11.9", "torch": "2.15.0", "cpu": "2 cores"},
@@ -133,7 +145,7 @@ def make_samples() -> list[tuple[str, Any]]:
 class Page(HTMLParser):
     """Tags, addresses and text of an HTML page; fails on tags that do not close in order."""
 
-    _VOID = {"meta", "link", "img", "br"}
+    _VOID = frozenset({"meta", "link", "img", "br"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -174,7 +186,8 @@ def render(tmp_path: Path, report: dict[str, Any], **options: Any) -> tuple[str,
 
 def test_report_json_round_trips_and_infinities_become_null(tmp_path: Path) -> None:
     report = make_report()
-    report["best"]["metrics"] |= {"psnr_db": math.inf, "extra": float("nan"), "numpy": np.float32(1.5), "t": torch.tensor(2)}
+    report["best"]["metrics"] |= {"psnr_db": math.inf, "extra": float("nan"), "numpy": np.float32(1.5)}
+    report["best"]["metrics"]["t"] = torch.tensor(2)
     report["stages"]["path"] = np.array([1.0, -np.inf])
     write_report_json(tmp_path / "report.json", report)
     text = (tmp_path / "report.json").read_text()
@@ -196,7 +209,8 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("tmpq_exp.report.content.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_report_json(path, make_report() | {"model": "other"})
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("key", REPORT_KEYS)
@@ -243,7 +257,9 @@ def test_a_value_without_a_json_form_is_refused() -> None:
 # points
 
 
-@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), max_size=40), st.sampled_from(["fd_digits", "psnr_db"]))
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), max_size=40), st.sampled_from(["fd_digits", "psnr_db"])
+)
 def test_front_is_exactly_the_undominated_values(pairs: list[tuple[int, int]], metric: str) -> None:
     sign = -1 if metric == "psnr_db" else 1
     points = [Point(i, cost, float(value), str(i), "", 1) for i, (cost, value) in enumerate(pairs)]
@@ -262,8 +278,10 @@ def test_view_takes_only_what_was_scored_on_the_search_seeds() -> None:
         trial(4, 6.5, 11), trial(5, 1.0, 1, phase="final", fingerprint="final-f"), trial(6, 0.1, 5, error="nan images"),
     ]  # fmt: skip
     view = search_view(trials, metric="fd_digits", budget_bitops=12)
-    assert [p.index for p in view.searched] == [1, 3, 4] and view.num_failed == 2
-    assert view.best is not None and view.best.index == 4
+    assert [p.index for p in view.searched] == [1, 3, 4]
+    assert view.num_failed == 2
+    assert view.best is not None
+    assert view.best.index == 4
     assert view.progress == (8.0, 8.0, 6.5)
     assert [p.name for p in view.baselines] == ["w6a6"]
     assert math.isnan(search_view(trials[3:4], metric="fd_digits", budget_bitops=12).progress[0])
@@ -288,15 +306,30 @@ def test_axis_keeps_values_inside_and_in_order(low: float, ratio: float, is_log:
     assert all(0 <= tick["at"] <= 100 for tick in axis.ticks())
 
 
+@given(st.lists(st.floats(-100, 100), max_size=8), st.floats(0.5, 20))
+def test_spread_labels_keep_their_distance_and_order(positions: list[float], distance: float) -> None:
+    moved = spread(positions, distance)
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    assert all(moved[b] - moved[a] >= distance - 1e-9 for a, b in itertools.pairwise(order))
+    assert sum(moved) == pytest.approx(sum(positions), abs=1e-6)
+
+
+def test_only_baselines_far_above_the_search_become_lines() -> None:
+    view = search_view(make_trials(), metric="fd_digits", budget_bitops=BUDGET)
+    assert [p.label for p in view.baselines if view.is_costly(p)] == ["float 50", "float 10", "W8A8"]
+
+
 # pictures
 
 
 def test_pareto_png_is_drawn_also_without_a_feasible_candidate(tmp_path: Path) -> None:
-    for name, trials in {"full": make_trials(), "none": [], "over": [trial(1, 3.0, 9e10), trial(2, 300.0, 8e10)]}.items():
+    over = [trial(1, 3.0, 9e10), trial(2, 300.0, 8e10)]
+    for name, trials in {"full": make_trials(), "none": [], "over": over}.items():
         path = tmp_path / f"{name}.png"
         pareto_png(path, trials, metric="fd_digits", budget_bitops=BUDGET, budget_name="w6a6")
         with Image.open(path) as image:
-            assert image.format == "PNG" and image.width > 1000
+            assert image.format == "PNG"
+            assert image.width > 1000
 
 
 def test_samples_png_enlarges_without_smoothing(tmp_path: Path) -> None:
@@ -330,8 +363,10 @@ def test_wrong_images_are_named(rows: Any, message: str, tmp_path: Path) -> None
 def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
     text, page = render(tmp_path, make_report())
     assert all(address.startswith("data:") for address in page.addresses)
-    assert "script" not in page.tags and not re.search(r"url\(|@import|https?://", text)
-    assert page.tags.count("img") == 50 and page.tags.count("svg") == 2
+    assert "script" not in page.tags
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert page.tags.count("img") == 50
+    assert page.tags.count("svg") == 2
     assert page.tags.count("circle") == 2 * 72
     assert text.count('class="cell" title=') == 2 * len(LAYERS)
     assert text.count('title="t = ') == 20
@@ -341,7 +376,8 @@ def test_page_says_what_was_found_and_how_honest_it_is(tmp_path: Path) -> None:
     _, page = render(tmp_path, make_report())
     for words in (
         "reaches fd_digits 17.62", "reaches 20.40", "13.6 % lower", "better", "simulated", "which the search never saw",
-        "measured on unit Gaussian input", "not a 3x3 convolution", "apply_recipe", "search-f", "final-f", "within the noise",
+        "measured on unit Gaussian input", "not a 3x3 convolution", "apply_recipe", "search-f", "final-f",
+        "within the noise",
         "Short last groups", "the evaluation budget is spent", "mid_block.attentions.0.products",
     ):  # fmt: skip
         assert words in page.text, words
@@ -360,8 +396,10 @@ def test_page_escapes_text_and_embeds_pictures(tmp_path: Path) -> None:
     Image.new("RGB", (3, 3)).save(picture)
     report = make_report() | {"warnings": ["<script>alert(1)</script>"]}
     text, page = render(tmp_path, report, trials=[], samples=(), pictures={"ranges": picture})
-    assert "<script>" not in text and "&lt;script&gt;" in text
-    assert page.tags.count("img") == 1 and "svg" not in page.tags
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    assert page.tags.count("img") == 1
+    assert "svg" not in page.tags
 
 
 def test_page_shows_an_allocation_per_step(tmp_path: Path) -> None:
@@ -381,4 +419,5 @@ def test_summary_table_has_the_five_rows_and_fits_eighty_columns() -> None:
     text = "\n".join(lines)
     for words in ("Float, 50 steps", "Float, 10 steps", "W8A8", "W6A6", "Best found", "17.62", "28.4x", "fd_digits"):
         assert words in text, words
-    assert "…" not in text and all(len(line) <= 80 for line in lines)
+    assert "…" not in text
+    assert all(len(line) <= 80 for line in lines)

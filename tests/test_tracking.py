@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def read_offline_file(path: Path) -> list[Any]:
             offset += _BLOCK - offset % _BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[offset : offset + _RECORD_HEADER])
+        if offset + _RECORD_HEADER + length > len(data):
+            break  # still being written
         body = data[offset + _RECORD_HEADER : offset + _RECORD_HEADER + length]
         offset += _RECORD_HEADER + length
         parts = body if kind in (_FULL, _FIRST) else parts + body
@@ -38,6 +41,17 @@ def read_offline_file(path: Path) -> list[Any]:
             record.ParseFromString(parts)
             records.append(record)
     return records
+
+
+def read_finished_file(directory: Path) -> list[Any]:
+    """Records of the run's file once it holds the exit code: W&B's service writes on for a moment after ``finish``."""
+    deadline = time.monotonic() + 30
+    while True:
+        records = [record for path in directory.glob("*.wandb") for record in read_offline_file(path)]
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline, f"no exit code in {directory}"
+        time.sleep(0.05)
 
 
 def history(records: list[Any]) -> list[dict[str, Any]]:
@@ -91,13 +105,17 @@ def test_offline_run_holds_every_trial_and_the_summary(tmp_path: Path) -> None:
     directory = tracker.directory
     tracker.finish(exit_code=3)
 
-    assert directory is not None and directory.parent == tmp_path / "wandb"
-    records = read_offline_file(next(directory.glob("*.wandb")))
+    assert directory is not None
+    assert directory.parent == tmp_path / "wandb"
+    records = read_finished_file(directory)
     trials = [row for row in history(records) if "trial/index" in row]
     assert [row["trial/index"] for row in trials] == list(range(21))
-    assert trials[4]["trial/fd_digits"] == 5.0 and trials[4]["trial/bitops"] == 5 * 10**9
-    assert trials[20]["trial/phase"] == "baseline" and trials[20]["trial/name"] == "w6a6"
-    assert "trial/fd_digits" not in trials[20] and "trial/psnr_db" not in trials[20]
+    assert trials[4]["trial/fd_digits"] == 5.0
+    assert trials[4]["trial/bitops"] == 5 * 10**9
+    assert trials[20]["trial/phase"] == "baseline"
+    assert trials[20]["trial/name"] == "w6a6"
+    assert "trial/fd_digits" not in trials[20]
+    assert "trial/psnr_db" not in trials[20]
     assert any("pictures/pareto" in key for row in history(records) for key in row)
     kinds = {record.WhichOneof("record_type") for record in records}
     assert {"run", "metric", "exit"} <= kinds
@@ -113,7 +131,9 @@ def test_offline_run_holds_every_trial_and_the_summary(tmp_path: Path) -> None:
         if record.WhichOneof("record_type") == "summary"
         for item in record.summary.update
     }
-    assert summary["best/fd_digits"] == 3.5 and summary["w6a6/bitops"] == 5 and "best/psnr_db" not in summary
+    assert summary["best/fd_digits"] == 3.5
+    assert summary["w6a6/bitops"] == 5
+    assert "best/psnr_db" not in summary
 
 
 def test_failure_to_start_warns_once_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +141,7 @@ def test_failure_to_start_warns_once_and_the_run_goes_on(tmp_path: Path, monkeyp
         raise OSError("no space left on device")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.warns(RuntimeWarning, match="no space left") as caught:
+    with pytest.warns(RuntimeWarning, match="no space left") as caught:  # noqa: PT031
         tracker = WandbTracker("tmpq", directory=tmp_path)
         tracker.log_trial(trial(0))
         tracker.log_summary(REPORT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -64,11 +64,11 @@ class QuantizerConfig:
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
-        _check_at_least("quant group_size", self.group_size, 1)
+        _check_at_least("group_size", self.group_size, 1)
         if self.estimator not in ("minmax", "mse", "percentile"):
-            raise UserError(f"quant estimator must be minmax, mse or percentile, found {self.estimator!r}")
+            raise UserError(f"estimator must be minmax, mse or percentile, found {self.estimator!r}")
         if not 50 < self.percentile <= 100:
-            raise UserError(f"quant percentile must be in (50, 100], found {self.percentile}")
+            raise UserError(f"percentile must be in (50, 100], found {self.percentile}")
 
 
 @dataclass
@@ -218,8 +218,8 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         _check_bits("budget.weight_bits", self.weight_bits)
         _check_bits("budget.act_bits", self.act_bits)
-        if self.bitops is not None:
-            _check_at_least("budget.bitops", self.bitops, 1)
+        if self.bitops is not None and self.bitops < 1:
+            raise UserError(f"budget.bitops must be given and at least 1, found {self.bitops}")
 
 
 @dataclass
@@ -350,8 +350,27 @@ def to_config(composed: DictConfig) -> Config:
     """Composed config -> checked values: the one door through which a configuration enters.
 
     Raises:
-        UserError: If a value is out of range or of the wrong type.
+        UserError: If a value is out of range or of the wrong type, or a key was added that nothing reads.
     """
+    _refuse_added_keys(composed, "")
+    for place in ("weight", "act"):  # a quantizer does not know whose it is
+        try:
+            OmegaConf.to_object(composed.quant[place])
+        except UserError as error:
+            raise UserError(f"quant.{place}.{error}") from None
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return config
+
+
+def _refuse_added_keys(node: DictConfig, prefix: str) -> None:
+    """``+key=value`` gets past Hydra's check of names; here it is caught wherever the schema names the keys."""
+    schema = OmegaConf.get_type(node)
+    if not is_dataclass(schema):
+        return
+    known = [entry.name for entry in fields(schema)]
+    for key in map(str, node):
+        if key not in known:
+            raise UserError(f"{prefix}{key}: no such key; known: {', '.join(known)}")
+        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            _refuse_added_keys(node[key], f"{prefix}{key}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import lightning as L
@@ -40,8 +41,8 @@ class DigitsData(L.LightningDataModule):
 
     Args:
         batch_size: Images a batch, at least 1.
-        holdout_fraction: Share of images kept for validation, in [0, 1); every ``1/fraction``-th one, so that all
-            classes are in. With 0 all images train and none validate.
+        holdout_fraction: Share of images kept for validation, in [0, 1); evenly spread (at 1/n every n-th one), so
+            that all classes are in. With 0 all images train and none validate.
         seed: Order of the training images.
     """
 
@@ -54,9 +55,11 @@ class DigitsData(L.LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
         images, labels = uci_digits()
         images = images.float() / 255
-        held = torch.zeros(len(images), dtype=torch.bool)
-        if holdout_fraction > 0:
-            held[:: round(1 / holdout_fraction)] = True
+        share = Fraction(holdout_fraction).limit_denominator(10**6)
+        held = torch.tensor([i * share // 1 != (i - 1) * share // 1 for i in range(len(images))])
+        num_train = len(images) - int(held.sum())
+        if batch_size > num_train:
+            raise ValueError(f"data.batch_size must be in 1..{num_train} (training images), found {batch_size}")
         self.train_set = TensorDataset(images[~held], labels[~held])
         self.holdout_set = TensorDataset(images[held], labels[held])
 

@@ -1,8 +1,9 @@
-"""Explains why a command line was refused: names the override, what was found, and the nearest valid name."""
+"""Tells bad input from faults of the program, and explains it: the override, what was found, the nearest valid name."""
 
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,49 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tmpq_exp.config import UserError
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether the user can set right what raised this error: a refused override, or a value one of our checks refused.
+
+    Args:
+        error: What composing, checking or running raised.
+    """
+    cause = _root(error)
+    if isinstance(cause, (HydraException, OmegaConfBaseException, UserError)):
+        return True
+    module = _raising_module(cause)
+    if isinstance(cause, ValueError) and module.startswith("tmpq_exp."):
+        return True
+    if type(cause).__name__ == "MisconfigurationException":  # Lightning's, for instance trainer=gpu without a GPU
+        return True
+    if isinstance(cause, (FileExistsError, NotADirectoryError)) and module == "pathlib":
+        return _is_run_dir_error(cause)
+    # a target's signature does not take the keys (also a parse failure of Hydra's own command line)
+    return module.startswith(("hydra.", "antlr4.")) and isinstance(cause, (TypeError, ValueError, LookupError))
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error behind those that Hydra wraps around what a ``_target_`` raised."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _raising_module(error: BaseException) -> str:
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return names[-1] if names else ""
+
+
+def _is_run_dir_error(error: BaseException) -> bool:
+    """Whether Hydra failed to make the run directory."""
+    return any(
+        frame.f_globals.get("__name__") == "hydra.core.utils" and frame.f_code.co_name == "run_job"
+        for frame, _ in list(traceback.walk_tb(error.__traceback__))[-3:-1]
+    )
 
 
 def explain(error: BaseException, arguments: Iterable[str], conf_dir: Path) -> str:
@@ -23,8 +67,9 @@ def explain(error: BaseException, arguments: Iterable[str], conf_dir: Path) -> s
         arguments: The command line behind the program's name.
         conf_dir: Folder of the configuration groups.
     """
-    while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        error = error.__cause__
+    error = _root(error)
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"hydra.run.dir: {error.filename} is a file or lies below one; a directory was expected"
     if isinstance(error, HydraException):
         for override in _parsed(arguments):
             problem = _group_problem(override, conf_dir) or _key_problem(override, conf_dir)

@@ -13,8 +13,8 @@ from tmpq_exp.config import Config
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.recipe import apply_recipe, write_recipe
 from tmpq_exp.report import pareto_png, report_html, samples_png, summary_table, write_report_json
-from tmpq_exp.results import assemble_report, sample_rows
-from tmpq_exp.rundir import RunDirectory
+from tmpq_exp.results import assemble_report, picture_records, sample_rows
+from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.stages import calibrate, evaluate, prepare, search, select, winograd_scales
 from tmpq_exp.tracking import NullTracker, Tracker, WandbTracker
@@ -30,32 +30,34 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
     Raises:
         ValueError: If the input is bad; nothing that was recorded before is lost.
     """
-    directory = RunDirectory.claim(Path(config.paths.run_dir), resolved)
-    trials = TrialLog(directory.trials)
-    for warning in trials.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    with writing(Path(config.paths.run_dir)):
+        directory = RunDirectory.claim(Path(config.paths.run_dir), resolved)
+        trials = TrialLog(directory.trials)
+        for warning in trials.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
 
-    tracker: Tracker = NullTracker()
-    experiment = prepare(config, directory, trials, on_trial=lambda trial: tracker.log_trial(asdict(trial)))
-    tracker = make_tracker(config, resolved, directory, trials.trials)
-    try:
-        calibrate(experiment)
-        winograd = winograd_scales(experiment)
-        algorithm, search_objective = search(experiment)
-        winner = select(experiment, algorithm)
-        finals, final_objective = evaluate(experiment, winner)
-        report = assemble_report(
-            experiment, winograd, algorithm, winner, finals, search_objective, final_objective, trials.warnings
-        )
-        _specialize(experiment.module, winner, finals["best"], experiment.winograd, directory, config)
-        rows = sample_rows(experiment, winner, final_objective.protocol.seed)
-        _write_pages(directory, report, trials.trials, rows, winner)
-        tracker.log_summary(report)
-        tracker.log_images([directory.pareto, directory.samples])
-    except BaseException:
-        tracker.finish(exit_code=1)
-        raise
-    tracker.finish()
+        tracker: Tracker = NullTracker()
+        experiment = prepare(config, directory, trials, on_trial=lambda trial: tracker.log_trial(asdict(trial)))
+        tracker = make_tracker(config, resolved, directory, trials.trials)
+        try:
+            calibrate(experiment)
+            winograd = winograd_scales(experiment)
+            algorithm, search_objective = search(experiment)
+            winner = select(experiment, algorithm)
+            finals, final_objective = evaluate(experiment, winner)
+            report = assemble_report(
+                experiment, winograd, algorithm, winner, finals, search_objective, final_objective, trials.warnings
+            )
+            _specialize(experiment.module, winner, finals["best"], experiment.winograd, directory, config)
+            rows = sample_rows(experiment, winner, final_objective.protocol.seed)
+            records = picture_records(experiment, search_objective.fingerprint)
+            _write_pages(directory, report, records, rows, winner)
+            tracker.log_summary(report)
+            tracker.log_images([directory.pareto, directory.samples])
+        except BaseException:
+            tracker.finish(exit_code=1)
+            raise
+        tracker.finish()
     Console().print(summary_table(report))
     print(f"report  {directory.report_html}\nrecipe  {directory.recipe}")
 
@@ -99,10 +101,9 @@ def _specialize(
 
 
 def _write_pages(
-    directory: RunDirectory, report: dict[str, Any], trials: list[Trial], rows: list[Any], winner: Candidate
+    directory: RunDirectory, report: dict[str, Any], records: list[dict[str, Any]], rows: list[Any], winner: Candidate
 ) -> None:
     """report.json, pareto.png, samples.png and report.html."""
-    records = [asdict(trial) for trial in trials]
     pareto_png(
         directory.pareto,
         records,

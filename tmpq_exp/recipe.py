@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tmpq_exp.config import Granularity, QuantConfig, QuantizerConfig
 from tmpq_exp.cost import LayerShape
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
+from tmpq_exp.quant.primitives import integer_range
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import write_json
 from tmpq_exp.trace import trace_layers
@@ -160,6 +161,17 @@ def apply_recipe(path: str | Path, task: DiffusionTask | None = None) -> Compres
     """
     path = Path(path)
     recipe = _read(path)
+    try:
+        return _apply(path, recipe, task)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged: {error!r} while reading it") from error
+    except ValueError as error:
+        if str(path.parent) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) -> CompressedModel:
     if task is None:
         if recipe["model"] not in EMBEDDED_MODELS:
             raise ValueError(
@@ -175,7 +187,10 @@ def apply_recipe(path: str | Path, task: DiffusionTask | None = None) -> Compres
     layers = task_layers(task)
     if [shape.name for shape in layers] != recipe["layers"]:
         raise ValueError(f"{path}: the layers of the recipe are not those of model {task.name}")
-    candidate = Candidate.from_json(recipe["candidate"])
+    candidate = _candidate(recipe["candidate"], task, len(layers))
+    micro_batch = recipe["micro_batch"]
+    if type(micro_batch) is not int or micro_batch < 1:
+        raise ValueError(f"micro_batch must be an integer of at least 1, found {micro_batch!r}")
     module = SupernetModule(task, layers, *_choices(candidate), _quant_config(recipe["quant"]))
     state_path = path.parent / Path(recipe["state"]["file"]).name  # a name, never a path out of the recipe's folder
     state, _ = read_tensors(state_path, "quantizer state of the recipe")
@@ -189,7 +204,23 @@ def apply_recipe(path: str | Path, task: DiffusionTask | None = None) -> Compres
             for m, entry in recipe["winograd"].items()
         }
     )
-    return CompressedModel(candidate, module, int(recipe["micro_batch"]))
+    for allocation in candidate.allocations:
+        with module.supernet.subnet(allocation):
+            pass  # every tile is one that its layer can take
+    return CompressedModel(candidate, module, micro_batch)
+
+
+def _candidate(data: Any, task: DiffusionTask, num_layers: int) -> Candidate:
+    candidate = Candidate.from_json(data)
+    first, last = candidate.timesteps[0], candidate.timesteps[-1]
+    if last < 0 or first >= task.num_train_timesteps:
+        raise ValueError(f"timesteps must be in 0..{task.num_train_timesteps - 1}, found {last}..{first}")
+    for allocation in candidate.allocations:
+        if len(allocation) != num_layers:
+            raise ValueError(f"the network has {num_layers} layers, an allocation {len(allocation)} entries")
+        for bits in {*allocation.weight_bits, *allocation.act_bits} - {FLOAT_BITS}:
+            integer_range(bits, symmetric=True)
+    return candidate
 
 
 def _read(path: Path) -> dict[str, Any]:

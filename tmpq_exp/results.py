@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from tmpq_exp.cost import AttentionShape
+from tmpq_exp.config import Granularity
+from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
 from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.quant.supernet import is_eligible
 from tmpq_exp.report import SCHEMA
 from tmpq_exp.search.evolution import EvolutionSearch
 from tmpq_exp.search.objective import Objective, label
 from tmpq_exp.search.trials import Trial
-from tmpq_exp.stages import Experiment, ragged_groups
+from tmpq_exp.stages import Experiment
 
 SAMPLE_COLUMNS = 12
 
@@ -106,6 +108,18 @@ def assemble_report(
     }
 
 
+def picture_records(experiment: Experiment, fingerprint: str) -> list[dict[str, Any]]:
+    """All trials, and once more under its name each baseline that the search itself had scored."""
+    names = {candidate.key(): name for name, candidate in experiment.baselines().items()}
+    trials = experiment.trials.trials
+    again = [
+        {**asdict(trial), "phase": "baseline", "name": names[trial.key]}
+        for trial in trials
+        if trial.phase == "search" and trial.fingerprint == fingerprint and trial.key in names
+    ]
+    return [*(asdict(trial) for trial in trials), *again]
+
+
 def _budget_name(experiment: Experiment) -> str:
     budget = experiment.config.budget
     return "bitops" if budget.bitops is not None else f"w{budget.weight_bits}a{budget.act_bits}"
@@ -123,3 +137,31 @@ def sample_rows(experiment: Experiment, winner: Candidate, seed: int) -> list[tu
     rows = {names[name]: candidate for name, candidate in experiment.baselines().items()} | {"best found": winner}
     indices = range(min(SAMPLE_COLUMNS, config.evaluation.num_images))
     return [(label, experiment.module.images(candidate, indices, seed).cpu()) for label, candidate in rows.items()]
+
+
+def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:
+    """Layers whose last group of channels is shorter than the group size."""
+    config = experiment.config
+    uses: list[tuple[int, Callable[[LayerShape], int]]] = []
+    if Granularity.PER_GROUP in (config.quant.weight.granularity, config.quant.act.granularity):
+        uses.append((config.quant.act.group_size, _input_channels))
+    if config.winograd.tile:
+        uses.append(
+            (
+                config.winograd.group_size,
+                lambda s: _input_channels(s) if isinstance(s, ConvShape) and is_eligible(s) else 0,
+            )
+        )
+    found = {
+        (shape.name, size): channels(shape) % size
+        for size, channels in uses
+        for shape in experiment.layers
+        if channels(shape) % size
+    }
+    return [{"name": name, "group_size": size, "last_group": last} for (name, size), last in found.items()]
+
+
+def _input_channels(shape: LayerShape) -> int:
+    if isinstance(shape, ConvShape):
+        return shape.in_channels
+    return shape.heads * shape.head_dim if isinstance(shape, AttentionShape) else shape.in_features

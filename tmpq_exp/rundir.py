@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -10,7 +11,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,12 +28,42 @@ from tmpq_exp.files import replace_file
 VOLATILE_KEYS = ("logger", "paths")
 """Parts of the configuration that do not change results; a run may be resumed with others."""
 
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 _PACKAGES = ("torch", "torchvision", "lightning", "diffusers", "transformers", "torchmetrics", "pytorch-fid", "numpy")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON atomically: no NaN, no Infinity."""
     replace_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+@contextmanager
+def bad_input(advice: str = "") -> Iterator[None]:
+    """Turn a ``ValueError`` about what the user gave into a ``UserError``, with ``advice`` behind its message.
+
+    As a decorator: of a function whose every ``ValueError`` is about that.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{error}{advice}") from error
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a ``UserError`` that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise UserError(
+            f"{error.filename or directory} could not be written ({error.strerror}); what was recorded in {directory} "
+            "is safe. Make room and start again with the same hydra.run.dir"
+        ) from error
 
 
 def digest(value: Any) -> str:
@@ -46,10 +78,9 @@ class RunDirectory:
     path: Path
 
     def __getattr__(self, name: str) -> Path:
-        try:
-            return self.path / _FILES[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        if name not in _FILES:
+            raise AttributeError(name)
+        return self.path / _FILES[name]
 
     @classmethod
     def claim(cls, path: Path, config: Mapping[str, Any]) -> RunDirectory:
@@ -66,6 +97,7 @@ class RunDirectory:
         plain = json.loads(json.dumps(config, default=str))
         if path.exists() and not path.is_dir():
             raise UserError(f"hydra.run.dir: {path} is a file; a directory was expected")
+        _remove_leftovers(path)
         if run.config.exists():
             _refuse_other_config(run.config, plain)
         elif path.exists() and any(path.iterdir()):
@@ -114,10 +146,10 @@ class RunDirectory:
     def _stages(self) -> dict[str, Any]:
         if not self.stages.exists():
             return {}
-        try:
-            stages: dict[str, Any] = json.loads(self.stages.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.stages} is damaged ({error}); remove it to compute the stages again") from error
+        with bad_input("; remove it to compute the stages again"):
+            stages = _read_object(self.stages)
+            if not all(isinstance(r, dict) and r.keys() >= {"inputs", "seconds", "result"} for r in stages.values()):
+                raise ValueError(f"{self.stages} is damaged (it holds something else than stages)")
         return stages
 
 
@@ -139,6 +171,29 @@ _FILES = {
     "model_card": "model_card.md",
     "log": "run.log",
 }
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: If the file holds none; it is named.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object)")
+    return value
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a kill in the middle of ``replace_file`` left behind."""
+    if path.is_dir():
+        for name in _FILES.values():
+            for leftover in path.glob(f".{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
 
 
 def _refuse_other_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -215,5 +270,10 @@ def _processor() -> str:
 
 
 def _record_start(path: Path) -> None:
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    starts: list[Any] = []
+    if path.exists():
+        with bad_input("; remove it to go on without the record of earlier starts"):
+            starts = _read_object(path).get("starts", [])
+            if not isinstance(starts, list):
+                raise ValueError(f"{path} is damaged (its starts are no list)")
     write_json(path, {"starts": [*starts, describe_environment()]})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import torch
 
 
 def stream_seed(seed: int, *names: str | int) -> int:
     """Seed of the stream with these names, in [0, 2**53), exact in JSON; different names give independent streams."""
-    text = "/".join([str(seed), *map(str, names)])
+    text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11
 
 

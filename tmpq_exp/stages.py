@@ -15,7 +15,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from tmpq_exp.config import Config, Granularity, UserError
+from tmpq_exp.config import Config, UserError
 from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
@@ -30,7 +30,7 @@ from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candi
 from tmpq_exp.quant.calibration import CalibrationModule, trajectory_states
 from tmpq_exp.quant.supernet import SupernetModule, is_eligible
 from tmpq_exp.recipe import task_layers
-from tmpq_exp.rundir import RunDirectory, digest
+from tmpq_exp.rundir import RunDirectory, bad_input, digest
 from tmpq_exp.search.evolution import EvolutionSearch
 from tmpq_exp.search.module import SearchModule
 from tmpq_exp.search.objective import Objective, Protocol
@@ -65,6 +65,7 @@ class Experiment:
         module: Supernet.
         trials: Evaluations so far.
         on_trial: Called with every new trial.
+        device: Where images are made, the Trainer's.
     """
 
     config: Config
@@ -77,6 +78,7 @@ class Experiment:
     module: SupernetModule
     trials: TrialLog
     on_trial: Callable[[Trial], None]
+    device: torch.device
     winograd: dict[int, tuple[WinogradSpec, WinogradScales]] = field(default_factory=dict)
 
     @property
@@ -115,7 +117,8 @@ class Experiment:
         return named | {f"w{bits}a{bits}": self.uniform(steps, bits, bits) for bits in BASELINE_BITS}
 
     def objective(self, stream: str, num_images: int) -> Objective:
-        """Objective on the image stream of this name."""
+        """Objective on the image stream of this name; a Trainer's stage may have left the supernet on the CPU."""
+        self.module.to(self.device)
         protocol = Protocol(num_images, stream_seed(self.config.seed, stream), self.config.evaluation.micro_batch)
         state = {key: value.tolist() for key, value in self.module.supernet.quantizer_state().items()}
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
@@ -131,6 +134,7 @@ class Experiment:
         )
 
 
+@bad_input()
 def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Callable[[Trial], None]) -> Experiment:
     """Load the float task, price it, lay out the search space and build the supernet.
 
@@ -150,9 +154,12 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     ]
     act_choices = [_with_baselines(config.space.act_bits)] * len(cost)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
-    experiment = Experiment(config, run, task, metric, cost, space, 0, module, trials, on_trial)
+    device = instantiate(config.trainer)().strategy.root_device
+    experiment = Experiment(config, run, task, metric, cost, space, 0, module, trials, on_trial, device)
     experiment.budget_bitops = _budget_bitops(experiment)
-    experiment.quadratic(config.evaluation.reference_steps)  # fails here rather than after the search
+    experiment.quadratic(config.evaluation.reference_steps)  # what is wrong fails here rather than after the search
+    for m in _tiles(config):
+        _spec(config, m)
     make_search(experiment)
     return experiment
 
@@ -212,16 +219,18 @@ def calibrate(experiment: Experiment) -> None:
     path = experiment.run.supernet
 
     def compute() -> None:
+        experiment.module.to(experiment.device)
         states = trajectory_states(experiment.task, config.calibration, config.seed)
         module = CalibrationModule(supernet, states, config.calibration, config.seed)
         experiment.trainer("calibrate", len(states), max_epochs=1).fit(module)
         write_tensors(path, supernet.quantizer_state(), {"model": experiment.task.name, "inputs": digest(inputs)})
 
     experiment.run.stage("calibrate", inputs, [path], compute)
-    state, metadata = read_tensors(path, "quantizers of the supernet")
-    if metadata.get("inputs") != digest(inputs):
-        raise UserError(f"{path} was made by another calibration; remove it to calibrate again")
-    supernet.load_quantizer_state(state, str(path))
+    with bad_input("; remove it to calibrate again"):
+        state, metadata = read_tensors(path, "quantizers of the supernet")
+        if metadata.get("inputs") != digest(inputs):
+            raise ValueError(f"{path} was made by another calibration")
+        supernet.load_quantizer_state(state, str(path))
 
 
 def winograd_scales(experiment: Experiment) -> list[dict[str, Any]]:
@@ -231,9 +240,8 @@ def winograd_scales(experiment: Experiment) -> list[dict[str, Any]]:
         The ``winograd`` list of the report.
     """
     config = experiment.config.winograd
-    tiles = sorted({*config.report_tiles, *([config.tile] if config.tile else [])})
     results = []
-    for m in tiles:
+    for m in _tiles(experiment.config):
         inputs = [experiment.task.weights_hash, asdict(config), m, experiment.config.seed]
         result = experiment.run.stage(f"winograd f{m}", inputs, [], partial(_learn_tile, experiment, m))
         results.append(result)
@@ -244,6 +252,11 @@ def winograd_scales(experiment: Experiment) -> list[dict[str, Any]]:
             experiment.winograd[m] = _spec(experiment.config, m), scales
     experiment.module.supernet.set_winograd(experiment.winograd)
     return results
+
+
+def _tiles(config: Config) -> list[int]:
+    """Tiles that are examined: the reported ones and the one in use."""
+    return sorted({*config.winograd.report_tiles, *([config.winograd.tile] if config.winograd.tile else [])})
 
 
 def _spec(config: Config, m: int) -> WinogradSpec:
@@ -313,11 +326,14 @@ def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]
     found: dict[str, Tensor] = {}
     network = experiment.task.unet
     handles = [
-        network.get_submodule(name).register_forward_hook(lambda _, args, __, name=name: found.update({name: args[0]}))
+        network.get_submodule(name).register_forward_hook(
+            lambda _, args, __, name=name: found.update({name: args[0].cpu()})
+        )
         for name in names
     ]
     try:
-        network(state.x, torch.full((len(state.x),), state.timestep), **state.conditioning)
+        timestep = torch.full((len(state.x),), state.timestep, device=state.x.device)
+        network(state.x, timestep, **{key: value.to(state.x.device) for key, value in state.conditioning.items()})
     finally:
         for handle in handles:
             handle.remove()
@@ -373,6 +389,7 @@ def evaluate(experiment: Experiment, winner: Candidate) -> tuple[dict[str, Trial
         batches = objective.protocol.micro_batches()
         with experiment.module.requesting(candidate, batches, objective.protocol.seed):
             images: Any = trainer.predict(experiment.module, range(len(batches)))
+        experiment.module.to(experiment.device)
         return list(images)
 
     with _timed(experiment, "evaluate"):
@@ -388,31 +405,3 @@ def _timed(experiment: Experiment, name: str) -> Iterator[None]:
         yield
     finally:
         experiment.run.add_stage_seconds(name, time.perf_counter() - start)
-
-
-def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:
-    """Layers whose last group of channels is shorter than the group size."""
-    config = experiment.config
-    uses: list[tuple[int, Callable[[LayerShape], int]]] = []
-    if Granularity.PER_GROUP in (config.quant.weight.granularity, config.quant.act.granularity):
-        uses.append((config.quant.act.group_size, _input_channels))
-    if config.winograd.tile:
-        uses.append(
-            (
-                config.winograd.group_size,
-                lambda s: _input_channels(s) if isinstance(s, ConvShape) and is_eligible(s) else 0,
-            )
-        )
-    found = {
-        (shape.name, size): channels(shape) % size
-        for size, channels in uses
-        for shape in experiment.layers
-        if channels(shape) % size
-    }
-    return [{"name": name, "group_size": size, "last_group": last} for (name, size), last in found.items()]
-
-
-def _input_channels(shape: LayerShape) -> int:
-    if isinstance(shape, ConvShape):
-        return shape.in_channels
-    return shape.heads * shape.head_dim if isinstance(shape, AttentionShape) else shape.in_features

@@ -152,6 +152,8 @@ class WandbTracker:
     def finish(self, exit_code: int = 0) -> None:
         """End the W&B run; a second call does nothing.
 
+        W&B's service may write the offline file's last records for a moment longer; the end of the process waits.
+
         Args:
             exit_code: 0 marks the run finished, anything else failed.
         """

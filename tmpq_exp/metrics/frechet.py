@@ -59,7 +59,15 @@ class FeatureStatistics:
                 f"reference statistics: {path} holds {sorted(tensors)}, expected mean and covariance, "
                 "and num_images in its metadata"
             )
-        return cls(tensors["mean"], tensors["covariance"], int(metadata["num_images"]))
+        mean, covariance, num_images = tensors["mean"], tensors["covariance"], metadata["num_images"]
+        if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)) or not num_images.isdecimal():
+            raise ValueError(
+                f"reference statistics: {path} holds a mean {tuple(mean.shape)}, a covariance "
+                f"{tuple(covariance.shape)} and num_images {num_images!r}, expected (d,), (d, d) and a number"
+            )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError(f"reference statistics: {path} holds values that are not finite")
+        return cls(mean.double(), covariance.double(), int(num_images))
 
 
 class FeatureSums:
@@ -102,6 +110,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     arguments: list[np.ndarray] = [a.mean.numpy(), a.covariance.numpy(), b.mean.numpy(), b.covariance.numpy()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LinAlgWarning)  # features that are always 0 make singular covariances
+        warnings.filterwarnings("ignore", ".*disp. argument", DeprecationWarning)  # pytorch-fid with scipy 1.17
         return float(calculate_frechet_distance(*arguments))
 
 
@@ -145,4 +154,9 @@ def digits_frechet(checkpoint: str | None = None, reference: str | None = None) 
     """
     network = DigitsClassifier(checkpoint).load()
     path = Path(reference) if reference else EMBEDDED / DigitsClassifier.name / "reference.safetensors"
-    return FrechetMetric("fd_digits", network, FeatureStatistics.load(path))
+    statistics = FeatureStatistics.load(path)
+    if len(statistics.mean) != network.num_features:
+        raise ValueError(
+            f"reference statistics: {path} has {len(statistics.mean)} features, the network {network.num_features}"
+        )
+    return FrechetMetric("fd_digits", network, statistics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -88,6 +88,19 @@ class QuantLayer(nn.Module):
         """The weight quantizer and the rows to estimate it from; None without weights."""
         return None
 
+    def check_tile(self, tile: int) -> None:
+        """Refuse a tile this layer cannot take.
+
+        Raises:
+            ValueError: If there is no such tile; the layer is named.
+        """
+        if tile != DIRECT_TILE and tile not in self.tiles():
+            raise ValueError(f"tile {tile} is not possible at layer {self.name}, which takes {sorted(self.tiles())}")
+
+    def tiles(self) -> Collection[int]:
+        """Winograd tiles that this layer may take."""
+        return ()
+
     def quantizers(self) -> Iterator[tuple[str, Quantizer]]:
         """Every quantizer with its name inside the layer."""
         for name, module in self.named_modules():
@@ -170,6 +183,10 @@ class QuantConv2d(WeightedLayer):
         super().__init__(float_layer=float_layer, num_inputs=float_layer.in_channels, channel_dim=1, **arguments)
         self.winograd = winograd
 
+    def tiles(self) -> Collection[int]:
+        """See ``QuantLayer.tiles``."""
+        return self.winograd.keys()
+
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W) -> (B, K, H', W')``."""
         if self.setting.tile != DIRECT_TILE:
@@ -185,10 +202,11 @@ class QuantConv2d(WeightedLayer):
             (self.name, setting.weight_bits, setting.tile),
             lambda: transform_weights(conv.weight, matrices, spec, setting.weight_bits),
         )
-        padding = conv.padding
-        assert isinstance(padding, tuple)
-        height, width = padding
-        return winograd_conv2d(x, u, conv.bias, matrices, spec, setting.act_bits, (height, width))
+        left, _, top, _ = conv._reversed_padding_repeated_twice  # numbers, also where padding is "same"
+        if conv.padding_mode != "zeros":
+            x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            left = top = 0
+        return winograd_conv2d(x, u, conv.bias, matrices, spec, setting.act_bits, (top, left))
 
 
 class QuantLinear(WeightedLayer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -95,6 +95,14 @@ class Supernet(nn.Module):
         setattr(parent, child_name, layer)
         return layer
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Supernet:
+        """Move, as ``to`` does, and take along or forget what is no parameter or buffer."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for m, (spec, matrices) in self.winograd.items():
+            self.winograd[m] = spec, WinogradMatrices(fn(matrices.A_T), fn(matrices.G), fn(matrices.B_T))
+        self.quantizers_changed()
+        return self
+
     def set_winograd(self, tiles: Mapping[int, tuple[WinogradSpec, WinogradScales]]) -> None:
         """Let eligible convolutions take these tiles, with these specifications and scales."""
         device = next(self.network.parameters()).device
@@ -109,11 +117,22 @@ class Supernet(nn.Module):
 
     @contextmanager
     def subnet(self, allocation: Allocation) -> Iterator[None]:
-        """Run at these bits and tiles; on leaving, the layers are as they were."""
-        settings = zip(allocation.weight_bits, allocation.act_bits, allocation.tiles, strict=True)
+        """Run at these bits and tiles; on leaving, the layers are as they were.
+
+        Raises:
+            ValueError: If the allocation has another number of layers, or a tile that a layer cannot take.
+        """
+        if len(allocation) != len(self._layers):
+            raise ValueError(f"the network has {len(self._layers)} layers, the allocation {len(allocation)} entries")
         before = [layer.setting for layer in self._layers]
+        settings = [
+            LayerSetting(*setting)
+            for setting in zip(allocation.weight_bits, allocation.act_bits, allocation.tiles, strict=True)
+        ]
         for layer, setting in zip(self._layers, settings, strict=True):
-            layer.setting = LayerSetting(*setting)
+            layer.check_tile(setting.tile)
+        for layer, setting in zip(self._layers, settings, strict=True):
+            layer.setting = setting
         try:
             yield
         finally:
@@ -151,7 +170,8 @@ class Supernet(nn.Module):
         """Inverse of ``quantizer_state``.
 
         Raises:
-            ValueError: If the state is of another network or other bit choices; ``source`` is named.
+            ValueError: If the state is of another network or other bit choices, or not finite; ``source`` is named
+                and nothing is changed.
         """
         own = self.quantizer_state()
         if state.keys() != own.keys():
@@ -163,6 +183,9 @@ class Supernet(nn.Module):
                     f"{source}: {key} has shape {tuple(state[key].shape)}, expected {tuple(buffer.shape)}; "
                     "it was made for other bit choices"
                 )
+            if not state[key].isfinite().all():
+                raise ValueError(f"{source}: {key} is not finite")
+        for key, buffer in own.items():
             buffer.copy_(state[key])
         self.quantizers_changed()
 

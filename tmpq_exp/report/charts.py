@@ -10,10 +10,11 @@ from typing import Any
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from tmpq_exp.report.pictures import is_log_scale
-from tmpq_exp.report.points import Point, SearchView
+from tmpq_exp.report.points import Point, SearchView, spread
 
 WIDTH, HEIGHT = 480.0, 330.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 468.0, 14.0, 288.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 470.0, 14.0, 288.0
+_LEFT_OF_NAMES = 416.0
 
 
 @dataclass(frozen=True)
@@ -63,23 +64,25 @@ def trials_chart(view: SearchView) -> dict[str, Any]:
         view: Points of the search, at least one searched candidate.
 
     Returns:
-        Everything the template draws. Float baselines cost many times more than any candidate, so they are drawn as
-        lines at their quality instead of stretching the axis.
+        Everything the template draws. Baselines that cost far more than any candidate are lines at their quality,
+        named in the right margin.
     """
-    placed = [point for point in (*view.searched, *view.baselines) if not point.is_float]
+    lines = [point for point in view.baselines if view.is_costly(point)]
+    uniform = [point for point in view.baselines if not view.is_costly(point)]
+    placed = [*view.searched, *uniform]
     values = [point.value for point in (*view.searched, *view.baselines)]
     costs = [point.bitops / 1e9 for point in placed]
     if view.budget_bitops is not None:
         costs.append(view.budget_bitops / 1e9)
-    x = Axis.around(costs, _LEFT, _RIGHT)
+    x = Axis.around(costs, _LEFT, _LEFT_OF_NAMES if lines else _RIGHT)
     y = Axis.around(values, _BOTTOM, _TOP, is_log=is_log_scale(values))
     front = {point.index for point in view.front}
     return {
         **_frame(x, y),
         "candidates": [_mark(p, x, y, view.metric) | {"on_front": p.index in front} for p in view.searched],
         "front": _stairs([(x.at(p.bitops / 1e9), y.at(p.value)) for p in view.front]),
-        "uniform": [_mark(p, x, y, view.metric) | {"name": p.name.upper()} for p in view.baselines if not p.is_float],
-        "floats": _float_lines([p for p in view.baselines if p.is_float], y),
+        "uniform": [_mark(p, x, y, view.metric) | {"name": p.label} for p in uniform],
+        "lines": _named_lines(lines, y, view.metric),
         "budget": None if view.budget_bitops is None else x.at(view.budget_bitops / 1e9),
         "best": None if view.best is None else _mark(view.best, x, y, view.metric),
     }
@@ -112,26 +115,27 @@ def progress_chart(view: SearchView) -> dict[str, Any]:
 
 def _frame(x: Axis, y: Axis) -> dict[str, Any]:
     return {
-        "width": WIDTH, "height": HEIGHT, "left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM,
+        "width": WIDTH, "height": HEIGHT, "left": _LEFT, "right": x.end, "top": _TOP, "bottom": _BOTTOM,
         "x_ticks": x.ticks(), "y_ticks": y.ticks(),
     }  # fmt: skip
 
 
 def _mark(point: Point, x: Axis, y: Axis, metric: str) -> dict[str, Any]:
-    what = point.name.upper() or f"candidate {point.index}"
-    title = f"{what}: {metric} {point.value:.4g}, {point.bitops / 1e9:,.2f} GBitOPs, {point.num_steps} steps"
-    return {"x": x.at(point.bitops / 1e9), "y": y.at(point.value), "title": title}
+    return {"x": x.at(point.bitops / 1e9), "y": y.at(point.value), "title": _title(point, metric)}
 
 
-def _float_lines(points: Sequence[Point], y: Axis) -> list[dict[str, Any]]:
-    """Lines of the float baselines; of two that nearly touch, one label stands above its line and one below."""
-    lines: list[dict[str, Any]] = []
-    for point in sorted(points, key=lambda p: y.at(p.value)):
-        at = y.at(point.value)
-        below = (bool(lines) and at - lines[-1]["at"] < 16) or at < _TOP + 14
-        text = f"float, {point.num_steps} steps ({point.bitops / 1e9:,.0f} GBitOPs)"
-        lines.append({"at": at, "text_at": at + 14 if below else at - 5, "text": text})
-    return lines
+def _title(point: Point, metric: str) -> str:
+    what = point.label or f"candidate {point.index}"
+    return f"{what}: {metric} {point.value:.4g}, {point.bitops / 1e9:,.2f} GBitOPs, {point.num_steps} steps"
+
+
+def _named_lines(points: Sequence[Point], y: Axis, metric: str) -> list[dict[str, Any]]:
+    ats = [y.at(point.value) for point in points]
+    return [
+        {"at": at, "text_at": round(text_at + 4, 1), "text": point.label, "title": _title(point, metric),
+         "kind": "float" if point.is_float else "uniform"}
+        for point, at, text_at in zip(points, ats, spread(ats, 14.0), strict=True)
+    ]  # fmt: skip
 
 
 def _stairs(points: Sequence[tuple[float, float]]) -> str:

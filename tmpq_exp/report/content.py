@@ -205,6 +205,17 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
+def large(value: float) -> str:
+    """A cost with about four digits: decimals only below a thousand."""
+    return number(value, 1 if value < 1000 else 0)
+
+
+def mean_bits(entry: Mapping[str, Any]) -> str:
+    """Mean bits of weights and activations, with a decimal where they are not whole."""
+    bits = (float(entry["bits"][name]) for name in ("weight_bits_mean", "act_bits_mean"))
+    return " / ".join(f"{value:.0f}" if value == round(value) else f"{value:.1f}" for value in bits)
+
+
 def summary_table(report: Mapping[str, Any]) -> Table:
     """Results of a run as a table for the terminal.
 
@@ -226,7 +237,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     table.padding, table.collapse_padding = (0, 1), True
     for heading in ("", "bits W/A"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("steps", metric, "psnr_db", "GBitOPs", "saving", "weight KB"):
+    for heading in ("steps", metric, "psnr_db", "GBitOPs", "saving", "KB"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = table_rows(report)
     for position, (label, entry) in enumerate(rows, 1):

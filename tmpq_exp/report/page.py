@@ -18,6 +18,8 @@ from tmpq_exp.report.content import (
     entry_label,
     find_baseline,
     higher_is_better,
+    large,
+    mean_bits,
     number,
     plain,
     saving_factor,
@@ -89,7 +91,7 @@ def report_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "large": large}
     replace_file(path, environment.get_template("page.html").render(context).encode())
 
 
@@ -123,7 +125,7 @@ def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
 def _row(report: Mapping[str, Any], label: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "label": label,
-        "bits": f"{entry['bits']['weight_bits_mean']:.1f} / {entry['bits']['act_bits_mean']:.1f}",
+        "bits": mean_bits(entry),
         "num_steps": len(entry["timesteps"]),
         "quality": entry["metrics"][report["metric"]],
         "psnr_db": entry["metrics"].get("psnr_db"),

@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tmpq_exp.files import replace_file
 from tmpq_exp.report.content import higher_is_better
-from tmpq_exp.report.points import SearchView, search_view
+from tmpq_exp.report.points import SearchView, search_view, spread
 
-LOG_SPREAD = 8.0
+LOG_SPREAD = 3.0
 """A quality axis becomes logarithmic when its largest value is this many times its smallest."""
 
 _INK, _MUTED, _GRID = "#1c2430", "#667085", "#e4e7ec"
@@ -65,6 +65,8 @@ def pareto_png(
     _draw_progress(right, view)
     for axes in (left, right):
         _plain_axes(axes)
+    if view.searched:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False, fontsize=9)
     data = io.BytesIO()
     FigureCanvasAgg(figure).print_png(data)
     replace_file(path, data.getvalue())
@@ -84,16 +86,13 @@ def _draw_trials(axes: Axes, view: SearchView) -> None:
         color=_TRIAL, linewidth=1.6, marker="o", markersize=4, drawstyle="steps-post", label="front",
     )  # fmt: skip
     for point in view.baselines:
-        if point.is_float:
-            axes.axhline(point.value, color=_FLOAT, linewidth=1.1, linestyle=(0, (5, 3)))
-            text = f"float, {point.num_steps} steps, {point.bitops / 1e9:,.0f} GBitOPs"
-            at = (0.99, point.value)
-            axes.annotate(text, at, (0, 3), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-                          ha="right", color=_FLOAT, fontsize=8)  # fmt: skip
+        colour = _FLOAT if point.is_float else _UNIFORM
+        if view.is_costly(point):
+            axes.axhline(point.value, color=colour, linewidth=1.1, linestyle=(0, (5, 3)))
         else:
-            axes.scatter([point.bitops / 1e9], [point.value], s=62, marker="D", color=_UNIFORM, zorder=4)
-            axes.annotate(point.name.upper(), (point.bitops / 1e9, point.value), (8, 5),
-                          textcoords="offset points", color=_UNIFORM, fontsize=9, fontweight="bold")  # fmt: skip
+            axes.scatter([point.bitops / 1e9], [point.value], s=62, marker="D", color=colour, zorder=4)
+            axes.annotate(point.label, (point.bitops / 1e9, point.value), (-9, 5), textcoords="offset points",
+                          ha="right", color=colour, fontsize=9, fontweight="bold")  # fmt: skip
     if view.budget_bitops is not None:
         axes.axvline(view.budget_bitops / 1e9, color=_MUTED, linewidth=1, linestyle=(0, (1, 2)),
                      label=f"budget ({view.budget_name})")  # fmt: skip
@@ -101,8 +100,20 @@ def _draw_trials(axes: Axes, view: SearchView) -> None:
         axes.scatter([view.best.bitops / 1e9], [view.best.value], s=230, marker="*", color=_BEST, zorder=5,
                      edgecolors="white", linewidths=1, label="best found")  # fmt: skip
     _scale_quality(axes, [*y, *(p.value for p in view.baselines)])
-    axes.margins(x=0.12)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.30), ncols=4, frameon=False, fontsize=8, labelcolor=_INK)
+    axes.margins(x=0.08)
+    _name_lines(axes, view)
+
+
+def _name_lines(axes: Axes, view: SearchView) -> None:
+    """Names of the costly baselines right of the axes, moved apart where their lines are close."""
+    points = [point for point in view.baselines if view.is_costly(point)]
+    axes.get_ylim()  # settles the limits, which the transform below reads as they are
+    to_shares = axes.transData + axes.transAxes.inverted()
+    shares = [float(to_shares.transform((0.0, point.value))[1]) for point in points]
+    for point, share in zip(points, spread(shares, 0.045), strict=True):
+        text = f"{point.label}, {point.bitops / 1e9:,.0f} G"
+        axes.text(1.01, share, text, transform=axes.transAxes, va="center", fontsize=8.5,
+                  color=_FLOAT if point.is_float else _UNIFORM)  # fmt: skip
 
 
 def _draw_progress(axes: Axes, view: SearchView) -> None:

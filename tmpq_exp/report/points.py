@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tmpq_exp.report.content import higher_is_better
+
+COSTLY_FACTOR = 1.25
+"""A baseline above this many times the dearest candidate and the budget is drawn as a line."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Point:
     def is_float(self) -> bool:
         """Whether this is a baseline in float arithmetic."""
         return self.name.startswith("float")
+
+    @property
+    def label(self) -> str:
+        """Short name of a baseline, such as ``float 10`` (its steps) or ``W6A6``."""
+        return f"float {self.num_steps}" if self.is_float else self.name.upper()
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,14 @@ class SearchView:
     budget_bitops: int | None
     budget_name: str
     num_failed: int
+
+    def is_costly(self, point: Point) -> bool:
+        """Whether a baseline costs so much more than the search that it is drawn as a line at its quality.
+
+        On an axis that reached it, all candidates would stand in one corner.
+        """
+        costs = [p.bitops for p in self.searched] + ([self.budget_bitops] if self.budget_bitops is not None else [])
+        return bool(costs) and point.bitops > COSTLY_FACTOR * max(costs)
 
 
 def search_view(
@@ -131,6 +147,33 @@ def pareto_front(points: Iterable[Point], metric: str) -> tuple[Point, ...]:
         if not front or sign * point.value < sign * front[-1].value:
             front.append(point)
     return tuple(front)
+
+
+def spread(positions: Sequence[float], distance: float) -> list[float]:
+    """Move labels apart, keeping their order and their middle.
+
+    Args:
+        positions: Wanted positions.
+        distance: Least distance of two neighbours.
+
+    Returns:
+        Positions in the order given; neighbours that were too close share the gap around their mean.
+    """
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    clusters: list[list[int]] = []
+    centres: list[float] = []
+    for index in order:
+        clusters.append([index])
+        centres.append(positions[index])
+        while len(clusters) > 1 and centres[-1] - centres[-2] < distance * (len(clusters[-1]) + len(clusters[-2])) / 2:
+            merged = clusters[-2] + clusters[-1]
+            clusters[-2:] = [merged]
+            centres[-2:] = [sum(positions[i] for i in merged) / len(merged)]
+    result = [0.0] * len(positions)
+    for cluster, centre in zip(clusters, centres, strict=True):
+        for place, index in enumerate(cluster):
+            result[index] = centre + (place - (len(cluster) - 1) / 2) * distance
+    return result
 
 
 def _one_fingerprint(records: list[Mapping[str, Any]], expected: str | None) -> str:

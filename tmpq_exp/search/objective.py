@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from tmpq_exp.cost import CostModel
@@ -85,9 +87,9 @@ class Objective:
         self.fingerprint = digest(self.fingerprint_parts)
 
     def images(self, candidate: Candidate) -> Iterator[Tensor]:
-        """Images of a candidate, one micro-batch after the other."""
+        """Images of a candidate on the CPU, one micro-batch after the other."""
         for indices in self.protocol.micro_batches():
-            yield self.module.images(candidate, indices, self.protocol.seed)
+            yield self.module.images(candidate, indices, self.protocol.seed).cpu()
 
     def evaluate(
         self,
@@ -110,7 +112,7 @@ class Objective:
             return known
         metrics, error = self._measure(candidate, images or self.images)
         trial = Trial(
-            index=len(self.trials.trials),
+            index=self.trials.num_lines,
             phase=phase,
             name=name,
             generation=generation,
@@ -131,14 +133,20 @@ class Objective:
 
     def _measure(self, candidate: Candidate, images: MicroBatches) -> tuple[dict[str, float], str | None]:
         batches = list(images(candidate))
-        made = torch.cat([batch.cpu() for batch in batches])
+        made = torch.cat(batches)
         if not made.isfinite().all():
-            return {self.metric.name: float("nan"), "psnr_db": float("nan")}, "images held NaN or infinity"
+            return {self.metric.name: math.nan, "psnr_db": math.nan}, "images held NaN or infinity"
         if candidate == self.reference_candidate:
             self._reference = made
         elif self._reference is None:
-            self._reference = torch.cat([batch.cpu() for batch in self.images(self.reference_candidate)])
-        return {self.metric.name: self.metric(batches), "psnr_db": mean_psnr_db(made, self._reference)}, None
+            self._reference = torch.cat(list(self.images(self.reference_candidate)))
+        psnr_db = mean_psnr_db(made, self._reference)
+        try:
+            quality = self.metric(batches)
+        except (ValueError, LinAlgError) as error:  # features too degenerate for the metric: this candidate's fault
+            return {self.metric.name: math.nan, "psnr_db": psnr_db}, f"{self.metric.name}: {error}"
+        cause = None if math.isfinite(quality) else f"{self.metric.name} was {quality}"
+        return {self.metric.name: quality, "psnr_db": psnr_db}, cause
 
 
 def label(candidate: Candidate, weighted: Sequence[bool]) -> dict[str, float | str]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,12 @@ class TrialLog:
     """Append-only file of trials.
 
     A line cut in the middle, as a kill leaves it at the end of the file, is removed and said in ``warnings``; every
-    other damaged line is skipped and said.
+    other damaged line stays in the file, is skipped and said.
+
+    Attributes:
+        trials: Readable trials in order.
+        num_lines: Lines of the file, damaged ones included: the index of the next trial.
+        warnings: What was found damaged.
 
     Args:
         path: The file; it need not exist.
@@ -74,6 +80,7 @@ class TrialLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.trials: list[Trial] = []
+        self.num_lines = 0
         self.warnings: list[str] = []
         self._by_key: dict[tuple[str, str], Trial] = {}
         if path.exists():
@@ -84,17 +91,24 @@ class TrialLog:
             data = self.path.read_bytes()
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
-        complete, _, tail = data.rpartition(b"\n")
+        *lines, tail = data.split(b"\n")
         if tail:
             self.warnings.append(f"{self.path.name}: its last line was cut after {len(tail)} bytes and is left out")
-            with self.path.open("r+b") as file:
-                file.truncate(len(data) - len(tail))
-                os.fsync(file.fileno())
-        for number, line in enumerate(complete.splitlines(), start=1):
+            self._cut(len(data) - len(tail))
+        self.num_lines = len(lines)
+        for number, line in enumerate(lines, start=1):
             try:
                 self._remember(_parse(line))
             except (ValueError, TypeError, KeyError) as error:
                 self.warnings.append(f"{self.path.name}: line {number} is damaged and is left out ({error})")
+
+    def _cut(self, size: int) -> None:
+        try:
+            with self.path.open("r+b") as file:
+                file.truncate(size)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be repaired: {error.strerror}") from error
 
     def _remember(self, trial: Trial) -> None:
         self.trials.append(trial)
@@ -119,12 +133,13 @@ class TrialLog:
                     written += file.write(line[written:])
                 os.fsync(file.fileno())
         except OSError as error:
-            if self.path.exists():
+            with suppress(OSError):  # what cannot be cut off now is cut off at the next start
                 os.truncate(self.path, size)
             raise UserError(
                 f"{self.path}: trial {trial.index} could not be written ({error.strerror}); the {len(self.trials)} "
                 "trials before it are safe. Make room and start again with the same hydra.run.dir"
             ) from error
+        self.num_lines += 1
         self._remember(trial)
 
     def of_phase(self, *phases: str) -> list[Trial]:
@@ -142,6 +157,10 @@ def _parse(line: bytes) -> Trial:
     if not isinstance(record, dict):
         raise ValueError("not an object")
     trial = Trial(**record)
+    if not isinstance(trial.metrics, dict) or not all(
+        v is None or isinstance(v, int | float) for v in trial.metrics.values()
+    ):
+        raise ValueError("its metrics are no numbers")
     if Candidate.from_json(trial.candidate).key() != trial.key:
         raise ValueError("its key does not match its candidate")
     return trial

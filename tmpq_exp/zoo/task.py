@@ -74,7 +74,7 @@ class DiffusionTask:
             on_state: See ``ddim_sample``.
 
         Returns:
-            Float images in [0, 1], ``(N, C, H, W)``.
+            Float images in [0, 1], ``(N, C, H, W)``; NaN where the state was not finite.
         """
         device = next(unet.parameters()).device
         noise = initial_noise(self.sample_shape, image_indices, seed).to(device)
@@ -93,7 +93,7 @@ class DiffusionTask:
             clip_sample=self.clip_sample,
             on_state=on_state,
         )
-        return (x0 / 2 + 0.5).clamp(0, 1)
+        return (x0 / 2 + 0.5).clamp(0, 1).masked_fill_(~x0.isfinite(), float("nan"))
 
 
 class FloatModel(ABC):

@@ -1,0 +1,70 @@
+"""The benchmarks run and write what they measured; how fast they are is no test's business."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def bench() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("__main__.py")), run_name="benchmarks"))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
+    measurements = [
+        bench.supernet_ratio("ddpm_digits", bench.digits_unet, 2, 1),
+        bench.winograd_ratio(4, 1, 8, 2),
+        bench.repair_rate(3, 1),
+        bench.image_seconds(3, 2, 1),
+    ]
+    bench.write(tmp_path / "new" / "bench.json", measurements)
+    lines = json.loads((tmp_path / "new" / "bench.json").read_text())
+    assert [set(line) for line in lines] == [{"name", "ratio", "unit", "goal", "met", "spread", "device"}] * 4
+    assert all(line["ratio"] > 0 for line in lines)
+    assert [line["met"] is None for line in lines] == [False, False, True, False]
+    assert bench.table(measurements).row_count == 4
+
+
+def test_the_cifar_network_is_the_one_of_the_papers(bench: SimpleNamespace) -> None:
+    with torch.device("meta"):
+        network = bench.cifar_unet()
+    assert sum(parameter.numel() for parameter in network.parameters()) == 35_746_307
+
+
+def test_the_compressed_side_is_quantized(bench: SimpleNamespace) -> None:
+    network = bench.digits_unet()
+    x = torch.randn(2, 1, 16, 16)
+    arguments = (x, torch.tensor([500, 500]), torch.tensor([1, 2]))
+    supernet, allocation = bench.uniform_supernet(network, x, class_labels=arguments[2])
+    with torch.inference_mode():
+        reference = network(*arguments).sample
+        assert supernet(*arguments).sample.equal(reference)
+        with supernet.subnet(allocation):
+            assert not supernet(*arguments).sample.equal(reference)
+
+
+def test_a_name_that_fits_nothing_is_an_error(bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        bench.main(["--only", "nothing like it"])
+    assert raised.value.code == 2
+    assert "supernet cifar10" in capsys.readouterr().err
+
+
+def test_one_name_runs_alone(bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["--only", "repair", "--rounds", "1", "--output", str(tmp_path / "bench.json")])
+    assert "Budget.repair" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "bench.json").read_text())) == 1

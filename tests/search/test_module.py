@@ -1,0 +1,122 @@
+"""The search under Lightning: epochs are generations, an exhausted space ends it, checkpoints hold all of it."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+
+from tmpq_exp.cost import CostModel, LinearShape
+from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.module import SearchModule
+from tmpq_exp.search.space import SearchSpace
+
+NUM_LAYERS = 6
+COST = CostModel(tuple(LinearShape(f"layer_{i}", 2 + i, 8, 1 + i) for i in range(NUM_LAYERS)))
+SPACE = SearchSpace(
+    (range(5), range(5, 20)), ((8, 7, 6, 5),) * NUM_LAYERS, ((8, 7, 6, 5),) * NUM_LAYERS, ((0,),) * NUM_LAYERS
+)
+TINY = SearchSpace((range(2), range(2, 4)), *[((8,),) * NUM_LAYERS] * 2, ((0,),) * NUM_LAYERS)
+
+
+class ToyObjective:
+    """Scores by the sum of timesteps less the bits; remembers what it was asked."""
+
+    metric = SimpleNamespace(name="toy")
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int | None, str]] = []
+
+    def evaluate(self, candidate: Candidate, phase: str, *, generation: int | None = None) -> Any:
+        self.asked.append((candidate.key(), generation, phase))
+        (allocation,) = candidate.allocations
+        value = float(sum(candidate.timesteps) - sum(allocation.weight_bits) - sum(allocation.act_bits))
+        return SimpleNamespace(key=candidate.key(), score=lambda name: value if name == "toy" else None)
+
+
+def make_search(space: SearchSpace = SPACE, **changes: Any) -> EvolutionSearch:
+    budget = COST.bitops(space.uniform((5, 0), 8, 8)) if space is TINY else COST.bitops(space.uniform((5, 0), 6, 6))
+    arguments = {
+        "population_size": 8,
+        "num_parents": 3,
+        "num_mutants": 3,
+        "num_crossovers": 2,
+        "num_generations": 4,
+        "seed": 7,
+    }
+    return EvolutionSearch(space, COST, budget, **(arguments | changes))  # type: ignore[arg-type]
+
+
+def trainer(max_epochs: int, **arguments: Any) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        max_epochs=max_epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        reload_dataloaders_every_n_epochs=1,
+        **arguments,
+    )
+
+
+def run(search: EvolutionSearch, max_epochs: int) -> ToyObjective:
+    objective = ToyObjective()
+    trainer(max_epochs).fit(SearchModule(search, objective))  # type: ignore[arg-type]
+    return objective
+
+
+def test_one_epoch_is_one_generation() -> None:
+    search = make_search()
+    objective = run(search, 4)
+    assert search.stop_reason == "generations"
+    assert [generation for _, generation, _ in objective.asked] == [g for g in range(4) for _ in range(8)]
+    assert [key for key, _, _ in objective.asked] == [scored.candidate.key() for scored in search.history]
+    assert len({key for key, _, _ in objective.asked}) == 32
+    assert {phase for _, _, phase in objective.asked} == {"search"}
+
+
+def test_lightning_changes_nothing_of_the_search() -> None:
+    search, plain, objective = make_search(), make_search(), ToyObjective()
+    run(search, 4)
+    while not plain.finished:
+        plain.tell({c.key(): objective.evaluate(c, "search").score("toy") for c in plain.ask()})
+    assert search.history == plain.history
+
+
+def test_an_exhausted_space_ends_the_search_early() -> None:
+    search = make_search(TINY, num_generations=50, max_attempts=200)
+    objective = run(search, 50)
+    assert search.stop_reason == "space_exhausted"
+    assert sorted(key for key, _, _ in objective.asked) == sorted({s.candidate.key() for s in search.history})
+    assert len(objective.asked) == TINY.num_candidates == 4
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_a_checkpoint_is_json_and_continues_to_the_same_end(done: int) -> None:
+    whole, first, second = make_search(), make_search(), make_search()
+    run(whole, 4)
+    run(first, done)
+    checkpoint: dict[str, Any] = {}
+    SearchModule(first, ToyObjective()).on_save_checkpoint(checkpoint)  # type: ignore[arg-type]
+    module = SearchModule(second, ToyObjective())  # type: ignore[arg-type]
+    module.on_load_checkpoint(json.loads(json.dumps(checkpoint)))
+    assert second.generation == done
+    run(second, 4 - done)
+    assert second.history == whole.history
+    assert second.stop_reason == whole.stop_reason
+
+
+def test_the_note_shows_the_best_of_all_generations() -> None:
+    search = make_search()
+    module = SearchModule(search, ToyObjective())  # type: ignore[arg-type]
+    assert module.progress_note == ""
+    trainer(2).fit(module)
+    assert search.best is not None
+    assert module.progress_note == f"best toy {search.best.score:.3f}"
+    module.training_step(0, 0)
+    assert float(module.progress_note.removeprefix("best toy ")) <= search.best.score

@@ -1,0 +1,216 @@
+"""The objective: each candidate once, failures recorded with their cause, fingerprints that separate protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from numpy.linalg import LinAlgError
+from torch import Tensor
+
+from tmpq_exp.cost import CostModel, LinearShape
+from tmpq_exp.quant.allocation import Allocation, Candidate
+from tmpq_exp.search.objective import Objective, Protocol, label
+from tmpq_exp.search.trials import Trial, TrialLog
+
+COST = CostModel((LinearShape("a", 4, 8, 2), LinearShape("b", 8, 4, 1)))
+
+
+def candidate(weight_bits: int, act_bits: int = 8, timesteps: tuple[int, ...] = (9, 0)) -> Candidate:
+    return Candidate(timesteps, (Allocation((weight_bits,) * 2, (act_bits,) * 2, (0, 0)),))
+
+
+REFERENCE = candidate(32, 32, (9, 5, 0))
+
+
+@dataclass
+class FakeSupernet:
+    """Images whose brightness is the candidate's weight bits; those of ``bad`` hold NaN."""
+
+    bad: Candidate | None = None
+    calls: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    task: Any = field(default_factory=lambda: SimpleNamespace(weights_hash="w", clip_sample=False))
+
+    def images(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:
+        self.calls.append((candidate.key(), tuple(image_indices), seed))
+        images = torch.full((len(image_indices), 1, 2, 2), candidate.allocations[0].weight_bits[0] / 64)
+        if candidate == self.bad:
+            images[-1, 0, 0, 0] = float("nan")
+        return images
+
+
+@dataclass
+class FakeMetric:
+    """Mean brightness; ``raises`` or an odd ``value`` stand for a metric that breaks down."""
+
+    name: str = "brightness"
+    reference: str = "r"
+    value: float | None = None
+    raises: Exception | None = None
+
+    def __call__(self, batches: Any) -> float:
+        if self.raises is not None:
+            raise self.raises
+        return float(torch.cat(list(batches)).mean()) if self.value is None else self.value
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"metric": self.name, "reference": self.reference}
+
+
+@dataclass
+class Setup:
+    supernet: FakeSupernet
+    trials: TrialLog
+    told: list[Trial]
+    arguments: dict[str, Any]
+
+    def objective(self, **changes: Any) -> Objective:
+        arguments: dict[str, Any] = self.arguments | changes
+        return Objective(self.supernet, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    told: list[Trial] = []
+    trials = TrialLog(tmp_path / "trials.jsonl")
+    arguments = {
+        "metric": FakeMetric(),
+        "protocol": Protocol(num_images=5, seed=3, micro_batch=2),
+        "cost": COST,
+        "trials": trials,
+        "reference_candidate": REFERENCE,
+        "supernet_state": "s",
+        "on_trial": told.append,
+    }
+    return Setup(FakeSupernet(), trials, told, arguments)
+
+
+def test_images_come_in_micro_batches_of_one_stream(setup: Setup) -> None:
+    setup.objective().evaluate(candidate(8), "search", generation=0)
+    batches = [(0, 1), (2, 3), (4,)]
+    expected = [(c.key(), batch, 3) for c in (candidate(8), REFERENCE) for batch in batches]
+    assert setup.supernet.calls == expected
+
+
+def test_a_trial_holds_quality_cost_and_protocol(setup: Setup) -> None:
+    objective = setup.objective()
+    trial = objective.evaluate(candidate(8, 6), "search", generation=2)
+    assert trial.metrics["brightness"] == pytest.approx(8 / 64)
+    assert trial.metrics["psnr_db"] == pytest.approx(-20 * torch.log10(torch.tensor(24 / 64)).item(), abs=1e-4)
+    assert (trial.bitops, trial.macs) == (2 * 48 * (64 + 32), 2 * (64 + 32))
+    assert trial.weight_bytes == 64
+    assert (trial.num_images, trial.seed, trial.fingerprint) == (5, 3, objective.fingerprint)
+    assert (trial.phase, trial.generation, trial.index, trial.error) == ("search", 2, 0, None)
+    assert setup.told == setup.trials.trials == TrialLog(setup.trials.path).trials == [trial]
+
+
+def test_no_candidate_is_scored_twice(setup: Setup) -> None:
+    objective = setup.objective()
+    first = objective.evaluate(candidate(8), "search", generation=0)
+    calls = len(setup.supernet.calls)
+    assert objective.evaluate(candidate(8), "baseline", name="w8a8") is first
+    assert setup.objective().evaluate(candidate(8), "search", generation=1) is first
+    assert len(setup.supernet.calls) == calls
+    assert setup.told == [first]
+    assert setup.trials.path.read_bytes().count(b"\n") == 1
+
+
+def test_the_float_reference_is_made_once_and_is_perfect(setup: Setup) -> None:
+    objective = setup.objective()
+    trial = objective.evaluate(REFERENCE, "final", name="float_reference")
+    objective.evaluate(candidate(8), "final")
+    objective.evaluate(candidate(6), "final")
+    assert trial.metrics["psnr_db"] is None  # infinite
+    assert sum(key == REFERENCE.key() for key, _, _ in setup.supernet.calls) == 3
+
+
+def test_images_may_be_made_elsewhere(setup: Setup) -> None:
+    made = [torch.full((5, 1, 2, 2), 0.25)]
+    trial = setup.objective().evaluate(REFERENCE, "final", images=lambda _: made)
+    assert trial.metrics["brightness"] == 0.25
+    assert setup.supernet.calls == []
+
+
+def test_a_candidate_whose_images_hold_nan_fails_and_the_next_one_is_scored(setup: Setup) -> None:
+    setup.supernet.bad = candidate(6)
+    objective = setup.objective()
+    failed = objective.evaluate(candidate(6), "search", generation=0)
+    assert failed.error == "images held NaN or infinity"
+    assert failed.metrics == {"brightness": None, "psnr_db": None}
+    assert failed.score("brightness") == float("inf")
+    assert objective.evaluate(candidate(8), "search", generation=0).error is None
+    calls = len(setup.supernet.calls)
+    assert TrialLog(setup.trials.path).find(candidate(6), objective.fingerprint) == failed
+    assert objective.evaluate(candidate(6), "search", generation=1) is failed  # nor is it tried again
+    assert len(setup.supernet.calls) == calls
+
+
+@pytest.mark.parametrize(
+    ("metric", "cause"),
+    [
+        (FakeMetric(value=float("nan")), "brightness was nan"),
+        (FakeMetric(value=float("inf")), "brightness was inf"),
+        (FakeMetric(raises=ValueError("Imaginary component 0.1")), "brightness: Imaginary component 0.1"),
+        (FakeMetric(raises=LinAlgError("singular")), "brightness: singular"),
+    ],
+)
+def test_a_metric_that_breaks_down_is_a_failed_trial(metric: FakeMetric, cause: str, setup: Setup) -> None:
+    trial = setup.objective(metric=metric).evaluate(candidate(8), "search")
+    assert trial.error == cause
+    assert trial.metrics["brightness"] is None
+    assert trial.metrics["psnr_db"] is not None
+
+
+def test_a_broken_program_is_no_failed_candidate(setup: Setup) -> None:
+    with pytest.raises(TypeError):
+        setup.objective(metric=FakeMetric(raises=TypeError())).evaluate(candidate(8), "search")
+    assert setup.trials.trials == []
+
+
+def test_the_fingerprint_changes_with_all_that_a_figure_depends_on(setup: Setup) -> None:
+    objectives = [
+        setup.objective(),
+        setup.objective(protocol=Protocol(6, 3, 2)),
+        setup.objective(protocol=Protocol(5, 4, 2)),
+        setup.objective(protocol=Protocol(5, 3, 3)),
+        setup.objective(supernet_state="t"),
+        setup.objective(reference_candidate=candidate(32, 32)),
+        setup.objective(metric=FakeMetric(reference="q")),
+    ]
+    setup.supernet.task = SimpleNamespace(weights_hash="v", clip_sample=False)
+    objectives.append(setup.objective())
+    setup.supernet.task = SimpleNamespace(weights_hash="w", clip_sample=True)
+    objectives.append(setup.objective())
+    assert len({objective.fingerprint for objective in objectives}) == len(objectives)
+    setup.supernet.task = SimpleNamespace(weights_hash="w", clip_sample=False)
+    assert setup.objective().fingerprint == objectives[0].fingerprint
+
+
+def test_an_index_is_the_line_number_also_behind_a_damaged_line(setup: Setup) -> None:
+    setup.objective().evaluate(candidate(8), "search")
+    with setup.trials.path.open("ab") as file:
+        file.write(b"damaged\n")
+    trials = TrialLog(setup.trials.path)
+    assert setup.objective(trials=trials).evaluate(candidate(6), "search").index == 2
+
+
+@pytest.mark.parametrize(
+    ("bits", "name"), [((32, 32), "float"), ((6, 6), "W6A6"), ((4, 8), "W4A8"), ((32, 8), "W32A8")]
+)
+def test_label_names_uniform_bits(bits: tuple[int, int], name: str) -> None:
+    assert label(candidate(*bits), [True, True])["label"] == name
+
+
+def test_label_of_mixed_bits_leaves_out_layers_without_weights() -> None:
+    mixed = Candidate((1, 0), (Allocation((8, 4, 2), (6, 6, 3), (0, 0, 0)),))
+    assert label(mixed, [True, True, False]) == {
+        "weight_bits_mean": 6.0,
+        "act_bits_mean": 5.0,
+        "label": "W6.0A5.0 mixed",
+    }

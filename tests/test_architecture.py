@@ -1,0 +1,158 @@
+"""Imports point one way: every module of the package stands in one list, and imports only modules above it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tmpq_exp
+
+PACKAGE = Path(tmpq_exp.__file__).parent
+
+ORDER = (
+    # (0) what every layer may use
+    "files",
+    "seeding",
+    "progress",
+    # (1) configuration, exact algebra, timestep sequences, pure functions
+    "config",
+    "overrides",
+    "quant",
+    "quant.allocation",
+    "quant.primitives",
+    "winograd",
+    "winograd.transform",
+    "diffusion",
+    "diffusion.schedule",
+    # (2) quantizers and layers, the staged convolution, sampling, cost
+    "quant.quantizer",
+    "winograd.conv",
+    "quant.layers",
+    "diffusion.sampler",
+    "cost",
+    "trace",
+    # (3) float tasks, data, metrics, the supernet and what is fitted to it
+    "data",
+    "zoo",
+    "zoo.weights",
+    "zoo.training",
+    "zoo.task",
+    "zoo.digits",
+    "metrics",
+    "metrics.fidelity",
+    "metrics.frechet",
+    "quant.supernet",
+    "quant.calibration",
+    "winograd.scales",
+    # (4) run directory, search, recipe, tracking, report
+    "rundir",
+    "search",
+    "search.space",
+    "search.trials",
+    "search.evolution",
+    "search.objective",
+    "search.module",
+    "recipe",
+    "tracking",
+    "report.content",
+    "report.points",
+    "report.pictures",
+    "report.charts",
+    "report.page",
+    "report",
+    # (5) the line, and its parts
+    "stages",
+    "results",
+    "train",
+    "pipeline",
+    # (6) the doors: the package's public names, and the command line
+    "",
+    "__main__",
+)
+"""From low to high; a package stands where its ``__init__`` belongs, ``""`` is ``tmpq_exp`` itself."""
+
+FORBIDDEN = {"utils", "util", "core", "base", "common", "misc", "helpers", "registry"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported_modules(source: str) -> set[str]:
+    """Modules of the package that this source imports anywhere: at the top, in functions, under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            module = node.module or ""
+            names = [module]
+            for alias in node.names:  # "from tmpq_exp import recipe" imports tmpq_exp.recipe
+                child = f"{module}.{alias.name}"
+                if child.removeprefix("tmpq_exp.") in MODULES:
+                    names = [*(name for name in names if name != module), child]
+        else:
+            continue
+        found |= {name.removeprefix("tmpq_exp").lstrip(".") for name in names if name.split(".")[0] == "tmpq_exp"}
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert len(set(ORDER)) == len(ORDER)
+    assert set(MODULES) == set(ORDER), "a module was added, moved or removed: give it its place in ORDER"
+
+
+@pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "tmpq_exp")
+def test_a_module_imports_only_what_stands_before_it(name: str) -> None:
+    imported = imported_modules(MODULES[name].read_text(encoding="utf-8"))
+    unknown = imported - set(ORDER)
+    assert not unknown
+    later = {other for other in imported if ORDER.index(other) >= ORDER.index(name)}
+    assert not later, f"tmpq_exp.{name} imports {sorted(later)}, which stand at or above it"
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = """
+import tmpq_exp.cost
+from tmpq_exp import recipe
+from tmpq_exp.zoo import digits, task
+if TYPE_CHECKING:
+    from tmpq_exp.config import Config
+def f():
+    from tmpq_exp import __version__
+    import torch
+"""
+    assert imported_modules(source) == {"cost", "recipe", "zoo.digits", "zoo.task", "config", ""}
+
+
+def test_names_say_what_a_module_owns() -> None:
+    parts = {part for name in MODULES for part in name.split(".")}
+    assert not parts & FORBIDDEN
+    for path in MODULES.values():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} does not say what it owns"
+
+
+def test_composing_and_checking_imports_no_torch() -> None:
+    script = """
+import sys
+import tmpq_exp
+from hydra import compose, initialize_config_dir
+from tmpq_exp.__main__ import conf_dir
+from tmpq_exp.config import register_schema, to_config
+register_schema()
+with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+    to_config(compose("config", ["paths.run_dir=x"]))
+heavy = {"torch", "lightning", "diffusers", "transformers", "wandb", "matplotlib", "sklearn"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,140 @@
+"""Training recipes: settings in range, the learning rate they describe, and a loss that falls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tmpq_exp.diffusion.schedule import linear_alphas_cumprod
+from tmpq_exp.zoo.digits import DigitsFeatureNetwork
+from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, Recipe, TrainingModule
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_steps", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("warmup_steps", -1),
+        ("weight_decay", -0.1),
+        ("ema_decay", 1.0),
+        ("ema_decay", -0.1),
+    ],
+)
+def test_settings_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"model\.recipe\.{name} must be .* found {value}"):
+        Recipe(**({"num_steps": 10, "learning_rate": 1e-3} | {name: value}))
+
+
+@given(st.integers(1, 500), st.integers(0, 600))
+def test_learning_rate_rises_then_falls_to_zero(num_steps: int, warmup_steps: int) -> None:
+    recipe = Recipe(num_steps, 1.0, warmup_steps=warmup_steps)
+    factors = [recipe.learning_rate_factor(step) for step in range(num_steps + 1)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    rising, falling = factors[:warmup_steps], factors[warmup_steps:]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    if warmup_steps <= num_steps:
+        assert falling[0] == 1 or num_steps == warmup_steps
+    if warmup_steps < num_steps:
+        assert falling[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_learning_rate_by_hand() -> None:
+    recipe = Recipe(12, 1.0, warmup_steps=4)
+    factors = [recipe.learning_rate_factor(step) for step in (0, 1, 3, 4, 8, 12)]
+    assert factors == pytest.approx([0.25, 0.5, 1, 1, 0.5, 0])
+
+
+class Denoiser(nn.Module):
+    """Smallest network that can tell noise from a constant image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.body(x))
+
+
+def fit(module: TrainingModule, images: Tensor, labels: Tensor, tmp_path: Path) -> list[float]:
+    losses: list[float] = []
+    loss = module.loss
+
+    def recorded(*batch: Tensor) -> Tensor:
+        value = loss(*batch)
+        losses.append(value.item())
+        return value
+
+    module.loss = recorded  # type: ignore[method-assign]
+    trainer = L.Trainer(
+        max_steps=module.recipe.num_steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(tmp_path),
+    )
+    loader = DataLoader(TensorDataset(images, labels), batch_size=64)
+    trainer.fit(module, loader, loader if isinstance(module, ClassifierTraining) else None)
+    return losses
+
+
+def test_noise_prediction_lowers_its_loss(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = DiffusionTraining(
+        Denoiser(), Recipe(30, 0.1, warmup_steps=3), linear_alphas_cumprod(100, 1e-3, 0.2), class_conditional=False
+    )
+    losses = fit(module, torch.full((640, 1, 4, 4), 0.5), torch.zeros(640).long(), tmp_path)
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_the_loss_of_the_true_noise_is_zero_and_that_of_silence_is_one() -> None:
+    alphas_cumprod = linear_alphas_cumprod(100, 1e-3, 0.2)
+
+    class KnowsTheImage(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(factor))
+
+        def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> SimpleNamespace:
+            alpha = alphas_cumprod[timesteps].float().view(-1, 1, 1, 1)
+            x0 = class_labels.view(-1, 1, 1, 1) * 2.0 - 1  # labels 0 and 1 are black and white images
+            return SimpleNamespace(sample=self.factor * (x - alpha.sqrt() * x0) / (1 - alpha).sqrt())
+
+    torch.manual_seed(0)
+    labels = torch.arange(512) % 2
+    images = labels.view(-1, 1, 1, 1).expand(512, 1, 4, 4).float()
+    for factor, expected in ((1.0, 0.0), (0.0, 1.0)):
+        module = DiffusionTraining(KnowsTheImage(factor), Recipe(1, 1.0), alphas_cumprod, class_conditional=True)
+        assert module.loss(images, labels).item() == pytest.approx(expected, abs=0.05 if expected else 1e-6)
+
+
+def test_the_shipped_weights_are_the_average(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    decay, num_steps = 0.5, 3
+    module = ClassifierTraining(DigitsFeatureNetwork(), Recipe(num_steps, 1e-2, warmup_steps=0, ema_decay=decay))
+    weights: list[Tensor] = []
+    update = module.average.update_parameters
+
+    def recorded(network: nn.Module) -> None:
+        weights.append(network.head.weight.detach().clone())
+        update(network)
+
+    module.average.update_parameters = recorded  # type: ignore[method-assign]
+    fit(module, torch.rand(192, 1, 16, 16), torch.arange(192) % 10, tmp_path)
+    expected = decay * (decay * weights[0] + (1 - decay) * weights[1]) + (1 - decay) * weights[2]
+    network = module.trained_network()
+    torch.testing.assert_close(network.head.weight, expected)
+    assert not network.training
