@@ -31,8 +31,8 @@ def test_streams_are_equal_if_and_only_if_seed_and_names_are(
 
 
 def test_the_stream_of_a_seed_never_changes() -> None:
-    assert stream_seed(0, "final") == 2874304784044749
-    assert torch.randn(1, generator=stream(0, "image", 3)).item() == pytest.approx(-0.107904, abs=1e-6)
+    assert stream_seed(0, "final") == 4249672027237875
+    assert torch.randn(1, generator=stream(0, "image", 3)).item() == pytest.approx(0.920333, abs=1e-6)
 
 
 def test_two_streams_are_uncorrelated() -> None:

@@ -106,7 +106,7 @@ class EvolutionSearch:
         seed: int = 0,
         seed_candidates: tuple[Candidate, ...] = (),
         fill: bool = True,
-        sample_from: str = "highest",
+        sample_from: str = "uniform",
     ) -> None:
         _at_least(1, population_size=population_size, num_parents=num_parents)
         _at_least(1, num_generations=num_generations, max_attempts=max_attempts)
