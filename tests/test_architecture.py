@@ -65,6 +65,7 @@ ORDER = (
     "report.page",
     "report",
     # (5) the line, and its parts
+    "experiment",
     "stages",
     "results",
     "train",

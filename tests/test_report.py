@@ -421,3 +421,9 @@ def test_summary_table_has_the_five_rows_and_fits_eighty_columns() -> None:
         assert words in text, words
     assert "…" not in text
     assert all(len(line) <= 80 for line in lines)
+
+
+def test_candidates_on_the_ceiling_do_not_look_far_apart() -> None:
+    records = [trial(index, 5.0, bitops) for index, bitops in enumerate((9_990_000, 10_000_000))]
+    low, high = search_view(records, metric="fd_digits", budget_bitops=10_000_000).cost_range()
+    assert (low, high) == (pytest.approx(0.009), pytest.approx(0.01))

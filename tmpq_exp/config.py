@@ -57,13 +57,16 @@ class QuantizerConfig:
         percentile: In (50, 100], for the estimator of that name.
     """
 
-    granularity: Granularity = Granularity.PER_TENSOR
+    granularity: str = Granularity.PER_TENSOR.value
     group_size: int = 32
     symmetric: bool = False
     estimator: str = "mse"
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
+        accepted = [str(choice.value) for choice in Granularity]
+        if self.granularity not in accepted:
+            raise UserError(f"granularity must be one of {', '.join(accepted)}, found {self.granularity!r}")
         _check_at_least("group_size", self.group_size, 1)
         if self.estimator not in ("minmax", "mse", "percentile"):
             raise UserError(f"estimator must be minmax, mse or percentile, found {self.estimator!r}")
@@ -82,7 +85,7 @@ class QuantConfig:
         cache_max_bytes: Memory cap of quantized weights kept ready for use.
     """
 
-    weight: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(Granularity.PER_CHANNEL))
+    weight: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(Granularity.PER_CHANNEL.value))
     act: QuantizerConfig = field(default_factory=QuantizerConfig)
     softmax_bits: int = 8
     cache_max_bytes: int = 512 * 2**20

@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from tmpq_exp.config import Config
+from tmpq_exp.experiment import prepare
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.recipe import apply_recipe, write_recipe
 from tmpq_exp.report import pareto_png, report_html, samples_png, summary_table, write_report_json
 from tmpq_exp.results import assemble_report, picture_records, sample_rows
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.search.trials import Trial, TrialLog
-from tmpq_exp.stages import calibrate, evaluate, prepare, search, select, winograd_scales
+from tmpq_exp.stages import calibrate, evaluate, search, select, winograd_scales
 from tmpq_exp.tracking import NullTracker, Tracker, WandbTracker
 
 

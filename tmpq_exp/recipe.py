@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tmpq_exp.config import Granularity, QuantConfig, QuantizerConfig
+from tmpq_exp.config import QuantConfig, QuantizerConfig
 from tmpq_exp.cost import LayerShape
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
 from tmpq_exp.quant.primitives import integer_range
@@ -80,10 +80,12 @@ class CompressedModel:
 
 def task_layers(task: DiffusionTask) -> tuple[LayerShape, ...]:
     """Layers of a task's U-Net, in the order of every allocation."""
-    conditioning = task.conditioning([0])
+    device = next(task.unet.parameters()).device
+    conditioning = {key: value.to(device) for key, value in task.conditioning([0]).items()}
 
     def run_forward(network: nn.Module) -> Any:
-        return network(torch.zeros(1, *task.sample_shape), torch.zeros(1, dtype=torch.long), **conditioning)
+        x = torch.zeros(1, *task.sample_shape, device=device)
+        return network(x, torch.zeros(1, dtype=torch.long, device=device), **conditioning)
 
     return trace_layers(task.unet, run_forward)
 
@@ -240,7 +242,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _quant_config(data: Mapping[str, Any]) -> QuantConfig:
-    def quantizer(entry: Mapping[str, Any]) -> QuantizerConfig:
-        return QuantizerConfig(**{**entry, "granularity": Granularity(entry["granularity"])})
-
-    return QuantConfig(**{**data, "weight": quantizer(data["weight"]), "act": quantizer(data["act"])})
+    return QuantConfig(**{**data, "weight": QuantizerConfig(**data["weight"]), "act": QuantizerConfig(**data["act"])})

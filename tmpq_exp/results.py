@@ -11,13 +11,13 @@ from torch import Tensor
 
 from tmpq_exp.config import Granularity
 from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
+from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import is_eligible
 from tmpq_exp.report import SCHEMA
 from tmpq_exp.search.evolution import EvolutionSearch
 from tmpq_exp.search.objective import Objective, label
 from tmpq_exp.search.trials import Trial
-from tmpq_exp.stages import Experiment
 
 SAMPLE_COLUMNS = 12
 

@@ -93,7 +93,7 @@ class WeightQuantizer(Quantizer):
             Granularity.PER_TENSOR: 1,
             Granularity.PER_CHANNEL: num_out,
             Granularity.PER_GROUP: num_out * -(-num_in // self.group_size),
-        }[config.granularity]
+        }[Granularity(config.granularity)]
         super().__init__(bit_choices, num_rows, config)
 
     def forward(self, weight: Tensor, bits: int) -> Tensor:
@@ -107,7 +107,7 @@ class WeightQuantizer(Quantizer):
 
     def rows(self, weight: Tensor) -> Tensor:
         """Weight as ``(rows, values)``; a short last group is filled up with zeros, which no range excludes."""
-        if self.config.granularity is not Granularity.PER_GROUP:
+        if self.config.granularity != Granularity.PER_GROUP:
             return weight.reshape(self.num_rows, -1)
         missing = -weight.shape[1] % self.group_size
         flat = weight.reshape(weight.shape[0], weight.shape[1], -1)
@@ -127,8 +127,8 @@ class ActQuantizer(Quantizer):
     def __init__(
         self, bit_choices: Sequence[int], num_channels: int, channel_dim: int, config: QuantizerConfig
     ) -> None:
-        self.is_dynamic = config.granularity is Granularity.PER_GROUP
-        per_channel = config.granularity is Granularity.PER_CHANNEL
+        self.is_dynamic = config.granularity == Granularity.PER_GROUP
+        per_channel = config.granularity == Granularity.PER_CHANNEL
         super().__init__(bit_choices, 0 if self.is_dynamic else num_channels if per_channel else 1, config)
         self.channel_dim = channel_dim
         self._scalars: dict[int, tuple[Tensor, float, float]] = {}

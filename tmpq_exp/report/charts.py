@@ -69,12 +69,8 @@ def trials_chart(view: SearchView) -> dict[str, Any]:
     """
     lines = [point for point in view.baselines if view.is_costly(point)]
     uniform = [point for point in view.baselines if not view.is_costly(point)]
-    placed = [*view.searched, *uniform]
     values = [point.value for point in (*view.searched, *view.baselines)]
-    costs = [point.bitops / 1e9 for point in placed]
-    if view.budget_bitops is not None:
-        costs.append(view.budget_bitops / 1e9)
-    x = Axis.around(costs, _LEFT, _LEFT_OF_NAMES if lines else _RIGHT)
+    x = Axis.around(view.cost_range(), _LEFT, _LEFT_OF_NAMES if lines else _RIGHT)
     y = Axis.around(values, _BOTTOM, _TOP, is_log=is_log_scale(values))
     front = {point.index for point in view.front}
     return {

@@ -100,7 +100,9 @@ def _draw_trials(axes: Axes, view: SearchView) -> None:
         axes.scatter([view.best.bitops / 1e9], [view.best.value], s=230, marker="*", color=_BEST, zorder=5,
                      edgecolors="white", linewidths=1, label="best found")  # fmt: skip
     _scale_quality(axes, [*y, *(p.value for p in view.baselines)])
-    axes.margins(x=0.08)
+    low, high = view.cost_range()
+    room = 0.08 * (high - low)
+    axes.set_xlim(low - room, high + room)
     _name_lines(axes, view)
 
 

@@ -72,6 +72,16 @@ class SearchView:
     budget_name: str
     num_failed: int
 
+    def cost_range(self) -> tuple[float, float]:
+        """Least and most GBitOPs to show: all that is placed on the axis, and at least a tenth below the most.
+
+        Candidates that use a budget up lie within a thousandth of it; an axis cut to them would show a difference
+        where there is none.
+        """
+        placed = [*self.searched, *(point for point in self.baselines if not self.is_costly(point))]
+        costs = [point.bitops for point in placed] + ([self.budget_bitops] if self.budget_bitops is not None else [])
+        return min(0.9 * max(costs), *costs) / 1e9, max(costs) / 1e9
+
     def is_costly(self, point: Point) -> bool:
         """Whether a baseline costs so much more than the search that it is drawn as a line at its quality.
 

@@ -1,0 +1,70 @@
+"""The line on a GPU: same images as on the CPU up to rounding, and a whole run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tmpq_exp.config import QuantConfig
+from tmpq_exp.cost import AttentionShape
+from tmpq_exp.quant.allocation import Allocation, Candidate
+from tmpq_exp.quant.supernet import SupernetModule
+from tmpq_exp.recipe import task_layers
+from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
+from tmpq_exp.zoo.digits import DigitsDDPM
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+def test_a_supernet_moves_to_the_gpu_and_back() -> None:
+    task = DigitsDDPM().task()
+    layers = task_layers(task)
+    module = SupernetModule(task, layers, [(8,)] * len(layers), [(8,)] * len(layers), QuantConfig())
+    for _, quantizer in module.supernet.named_quantizers():
+        quantizer.scale.fill_(0.02)
+        quantizer.zero_point.fill_(128)
+    weights = tuple(8 if isinstance(shape, AttentionShape) else 32 for shape in layers)
+    candidate = Candidate((900, 400, 0), (Allocation(weights, (8,) * len(layers), (0,) * len(layers)),))
+    before = module.images(candidate, range(8), seed=0)
+    moved = module.to("cuda").images(candidate, range(8), seed=0)
+    assert moved.device.type == "cuda"
+    assert (moved.cpu() - before).abs().mean() < 0.02
+    assert module.to("cpu").images(candidate, range(8), seed=0).equal(before)
+
+
+@pytest.mark.parametrize("m", [2, 4, 6])
+def test_winograd_on_the_gpu_is_close_to_the_cpu(m: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 48, 17, 16, generator=generator), torch.randn(32, 48, 3, 3, generator=generator)
+    spec = WinogradSpec(m)
+    matrices = WinogradMatrices.from_scales(spec.transform())
+    on_gpu = matrices.to(device="cuda")
+    y = winograd_conv2d(x, transform_weights(weight, matrices, spec, 8), None, matrices, spec, 8, 1)
+    z = winograd_conv2d(x.cuda(), transform_weights(weight.cuda(), on_gpu, spec, 8), None, on_gpu, spec, 8, 1).cpu()
+    error = F.conv2d(x, weight, padding=1) - y
+    assert (y - z).square().mean() < 0.1 * error.square().mean()
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "tmpq_exp",
+        "tier=smoke",
+        "trainer=gpu",
+        "logger=none",
+        f"hydra.run.dir={tmp_path}",
+    ]
+    subprocess.run(command, check=True, timeout=300)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["fingerprint_parts"]["search"]["device"] == "cuda"
+    assert report["best"]["bitops"] <= report["budget"]["bitops"]
