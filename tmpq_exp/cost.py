@@ -6,6 +6,7 @@ Python integers. Nothing here needs torch; ``tmpq_exp.trace`` reads the shapes o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
@@ -120,18 +121,20 @@ class ConvShape:
         return _bytes(self.tile_size(tile) ** 2 * self.in_channels * self.out_channels, weight_bits)
 
 
-class _DirectOnly:
+class _DirectOnly(ABC):
     """Costs of a layer that knows no tiles."""
 
     name: str
 
     @property
+    @abstractmethod
     def macs(self) -> int:
-        raise NotImplementedError
+        """Multiply-accumulates."""
 
     @property
+    @abstractmethod
     def num_weights(self) -> int:
-        raise NotImplementedError
+        """Weights."""
 
     def executed_macs(self, tile: int) -> int:
         """``macs``; only the direct tile is accepted."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any
 
 import lightning as L
 import torch
@@ -36,7 +37,25 @@ def uci_digits() -> tuple[Tensor, Tensor]:
     return to_uint8(resized), torch.from_numpy(digits.target).long()
 
 
-class DigitsData(L.LightningDataModule):
+class ImageData(L.LightningDataModule):
+    """Images in [0, 1] with labels, in memory.
+
+    Class attributes:
+        description: What the images are, from where, under which licence; for model cards.
+    """
+
+    description: str
+
+    @abstractmethod
+    def val_dataloader(self) -> Iterable[tuple[Tensor, ...]]:
+        """Held-out images and their labels; nothing if none are held out."""
+
+    @abstractmethod
+    def everything(self) -> tuple[Tensor, Tensor]:
+        """All images ``(N, C, H, W)`` in [0, 1] and their labels ``(N,)``, held-out ones included."""
+
+
+class DigitsData(ImageData):
     """UCI digits as float images in [0, 1].
 
     Args:
@@ -46,6 +65,8 @@ class DigitsData(L.LightningDataModule):
         seed: Order of the training images.
     """
 
+    description = "UCI digits as shipped by scikit-learn (CC BY 4.0), 8x8 resized bilinearly to 16x16"
+
     def __init__(self, batch_size: int, holdout_fraction: float = 0.0, seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
@@ -53,8 +74,7 @@ class DigitsData(L.LightningDataModule):
         if not 0 <= holdout_fraction < 1:
             raise ValueError(f"data.holdout_fraction must be in [0, 1), found {holdout_fraction}")
         self.batch_size, self.seed = batch_size, seed
-        images, labels = uci_digits()
-        images = images.float() / 255
+        images, labels = self.everything()
         share = Fraction(holdout_fraction).limit_denominator(10**6)
         held = torch.tensor([i * share // 1 != (i - 1) * share // 1 for i in range(len(images))])
         num_train = len(images) - int(held.sum())
@@ -63,11 +83,16 @@ class DigitsData(L.LightningDataModule):
         self.train_set = TensorDataset(images[~held], labels[~held])
         self.holdout_set = TensorDataset(images[held], labels[held])
 
+    def everything(self) -> tuple[Tensor, Tensor]:
+        """See ``ImageData.everything``."""
+        images, labels = uci_digits()
+        return images.float() / 255, labels
+
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Shuffled batches; the last, smaller one is dropped."""
         generator = torch.Generator().manual_seed(self.seed)
         return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, generator=generator)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]] | list[Any]:
+    def val_dataloader(self) -> Iterable[tuple[Tensor, ...]]:
         """The held-out images in order; nothing without any."""
         return DataLoader(self.holdout_set, 512) if len(self.holdout_set) else []

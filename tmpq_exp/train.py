@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +13,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from tmpq_exp.config import Config
-from tmpq_exp.data import uci_digits
+from tmpq_exp.data import ImageData
 from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
 from tmpq_exp.files import replace_file
 from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
 from tmpq_exp.progress import StageProgress
 from tmpq_exp.rundir import RunDirectory, describe_environment
 from tmpq_exp.seeding import stream_seed
-from tmpq_exp.zoo.digits import DigitsDDPM
-from tmpq_exp.zoo.task import DiffusionTask, FloatModel
+from tmpq_exp.zoo.task import DiffusionModel, DiffusionTask, FloatModel
 from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, TrainingModule
 from tmpq_exp.zoo.weights import write_tensors
 
@@ -30,15 +28,18 @@ CHECKPOINT_EVERY_STEPS = 1000
 
 
 def train(config: Config, resolved: dict[str, Any]) -> None:
-    """Train, assess and save; a killed run goes on from its last checkpoint.
+    """Train, assess and save; a killed run goes on from its last checkpoint, with fresh random numbers from there.
 
     Writes ``model.safetensors`` and ``model_card.md`` into the run directory; for a classifier also
     ``reference.safetensors``, the statistics of the data under its features.
     """
     run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
+    if run.weights.exists() and run.model_card.exists():
+        print(f"already trained\nweights     {run.weights}\nmodel card  {run.model_card}")
+        return
     torch.manual_seed(stream_seed(config.seed, "train"))
     model: FloatModel = instantiate(config.model)
-    data = instantiate(config.data)
+    data: ImageData = instantiate(config.data)
     module = model.training_module()
     num_steps = module.recipe.num_steps
     checkpoint = ModelCheckpoint(run.path, filename="last", save_top_k=1, every_n_train_steps=CHECKPOINT_EVERY_STEPS)
@@ -46,46 +47,48 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
         max_steps=num_steps,
         enable_checkpointing=True,
         callbacks=[checkpoint, StageProgress(f"train {model.name}", num_steps)],
-        check_val_every_n_epoch=None,
-        val_check_interval=num_steps,
-        num_sanity_val_steps=0,
+        limit_val_batches=0,
         default_root_dir=run.path,
     )
     last = run.path / "last.ckpt"
     start = time.perf_counter()
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
-    seconds = time.perf_counter() - start
-    network = module.trained_network()
-    write_tensors(run.weights, network.state_dict(), {"model": model.name, "seed": str(config.seed)})
+    run.add_stage_seconds("train", time.perf_counter() - start)
     device = _device_name(trainer.strategy.root_device)
-    quality = _assess(config, model, module, run)
-    replace_file(run.model_card, _model_card(config, model, module, quality, seconds, device).encode())
+    module.cpu()
+    write_tensors(run.weights, module.trained_network().state_dict(), {"model": model.name, "seed": str(config.seed)})
+    facts = {
+        "data": data.description,
+        "seed": str(config.seed),
+        "hardware": f"{device}; torch {torch.__version__}",
+        "training time": f"{run.stage_seconds()['train']:.0f} s",
+        "final training loss": f"{float(module.final_loss):.5f}",
+        **{name: f"{value:.3f}" for name, value in _assess(config, model, module, data, run).items()},
+    }
+    replace_file(run.model_card, _model_card(model, module, facts).encode())
     print(run.model_card.read_text(encoding="utf-8"))
     print(f"weights     {run.weights}\nmodel card  {run.model_card}")
 
 
-def _assess(config: Config, model: FloatModel, module: TrainingModule, run: RunDirectory) -> dict[str, float]:
+def _assess(
+    config: Config, model: FloatModel, module: TrainingModule, data: ImageData, run: RunDirectory
+) -> dict[str, float]:
+    """Figures of the trained network for its card; a classifier's reference statistics are written as well."""
     if isinstance(module, ClassifierTraining):
-        network = module.trained_network()
-        sums = FeatureSums(network)  # type: ignore[arg-type]
-        sums.update(_all_digits()[0])
-        sums.statistics().save(run.reference, "all 1,797 UCI digits, bilinear to 16x16, uint8")
-        return {"top-1 on held-out images, percent": module.holdout_top1}
+        network: Any = module.trained_network()
+        sums = FeatureSums(network)
+        sums.update(data.everything()[0])
+        sums.statistics().save(run.reference, f"all images of: {data.description}; uint8")
+        return {"top-1 on held-out images, percent": module.top1(data.val_dataloader())}
     assert isinstance(module, DiffusionTraining)
-    assert isinstance(model, DigitsDDPM)
-    module.cpu()
+    assert isinstance(model, DiffusionModel)
     task = model.wrap(module.trained_network())
     metric: FrechetMetric = instantiate(config.evaluation.metric)
-    quality = {"noise MSE of the averaged weights, all images": module.average_loss(*_all_digits())}
+    quality = {"noise MSE of the averaged weights, all images": module.average_loss(*data.everything())}
     for num_steps in (config.space.num_inference_steps, config.evaluation.reference_steps):
         name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} quadratic steps"
         quality[name] = metric(_images(task, config, num_steps))
     return quality
-
-
-def _all_digits() -> tuple[Tensor, Tensor]:
-    images, labels = uci_digits()
-    return images.float() / 255, labels
 
 
 def _device_name(device: torch.device) -> str:
@@ -104,24 +107,15 @@ def _images(task: DiffusionTask, config: Config, num_steps: int) -> Iterator[Ten
             yield task.sample(task.unet, indices, timesteps, seed)
 
 
-def _model_card(
-    config: Config, model: FloatModel, module: TrainingModule, quality: dict[str, float], seconds: float, device: str
-) -> str:
+def _model_card(model: FloatModel, module: TrainingModule, facts: dict[str, str]) -> str:
     environment = describe_environment()
-    num_parameters = sum(p.numel() for p in module.network.parameters())
-    assert all(math.isfinite(value) for value in quality.values()), quality
-    rows = [
-        ("parameters", f"{num_parameters:,}"),
-        ("data", "UCI digits as shipped by scikit-learn (CC BY 4.0), 8x8 resized bilinearly to 16x16"),
-        ("command", f"`python -m tmpq_exp {' '.join(environment['command'].split()[1:])}`"),
-        ("commit", environment["commit"] or "not in a git checkout"),
-        ("recipe", f"{module.recipe}"),
-        ("seed", str(config.seed)),
-        ("hardware", f"{device}; torch {environment['packages']['torch']}"),
-        ("training time", f"{seconds:.0f} s"),
-        ("final training loss", f"{module.final_loss:.5f}"),
-        *((name, f"{value:.3f}") for name, value in quality.items()),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    rows = {
+        "parameters": f"{sum(p.numel() for p in module.network.parameters()):,}",
+        "command": f"`python -m tmpq_exp {' '.join(environment['command'].split()[1:])}`",
+        "commit": environment["commit"] or "not in a git checkout",
+        "recipe": f"{module.recipe}",
+        **facts,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     summary = (type(model).__doc__ or "").split("\n\n")[0]
     return f"# {model.name}\n\n{summary}\n\n| | |\n| --- | --- |\n{table}\n"

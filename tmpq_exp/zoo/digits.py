@@ -63,12 +63,8 @@ class DigitsDDPM(DiffusionModel):
         load_weights(network, self.checkpoint, self.name)
         return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
-    def task(self) -> DiffusionTask:
-        """See ``DiffusionModel.task``."""
-        return self.wrap(self.load())
-
     def wrap(self, network: nn.Module) -> DiffusionTask:
-        """Task around a network of this architecture."""
+        """See ``DiffusionModel.wrap``."""
         return DiffusionTask(
             name=self.name,
             unet=network,

@@ -126,5 +126,9 @@ class DiffusionModel(FloatModel):
     """A float model that makes images."""
 
     @abstractmethod
+    def wrap(self, network: nn.Module) -> DiffusionTask:
+        """Task around a network of this architecture: its schedule, conditioning and images."""
+
     def task(self) -> DiffusionTask:
-        """The loaded network with its schedule and conditioning."""
+        """The loaded network as a task."""
+        return self.wrap(self.load())

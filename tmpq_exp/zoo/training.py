@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +58,14 @@ class TrainingModule(L.LightningModule):
     ``final_loss`` is the exponential mean of the training loss over about the last 100 steps.
     """
 
+    final_loss: Tensor
+
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network, self.recipe = network, recipe
         moving_average = get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
         self.average = AveragedModel(network, multi_avg_fn=moving_average, use_buffers=True)
-        self.final_loss = float("nan")
+        self.register_buffer("final_loss", torch.tensor(float("nan")))
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Scalar training loss of one batch of images in [0, 1]."""
@@ -71,10 +74,8 @@ class TrainingModule(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One optimizer step."""
         loss = self.loss(*batch)
-        if batch_idx % 10 == 0 or self.final_loss != self.final_loss:
-            value = float(loss.detach())
-            self.final_loss = value if self.final_loss != self.final_loss else 0.9 * self.final_loss + 0.1 * value
-            self.log("train/loss", value)
+        value = loss.detach()
+        self.final_loss.copy_(torch.where(self.final_loss.isnan(), value, self.final_loss.lerp(value, 0.01)))
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -132,28 +133,18 @@ class DiffusionTraining(TrainingModule):
 
 
 class ClassifierTraining(TrainingModule):
-    """Cross entropy on randomly rotated, scaled, sheared and shifted images; top-1 on the held-out ones."""
-
-    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
-        super().__init__(network, recipe)
-        self.holdout_top1 = float("nan")
-        self._hits: list[Tensor] = []
+    """Cross entropy on randomly rotated, scaled, sheared and shifted images."""
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of the logits."""
         return F.cross_entropy(self.network(random_affine(images)), labels)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Collect hits of the averaged network."""
-        images, labels = batch
-        self.average.eval()
-        self._hits.append((self.average(images).argmax(1) == labels).float())
-
-    def on_validation_epoch_end(self) -> None:
-        """Top-1 in percent over all held-out images."""
-        self.holdout_top1 = float(torch.cat(self._hits).mean() * 100)
-        self._hits.clear()
-        self.log("holdout/top1", self.holdout_top1)
+    @torch.no_grad()
+    def top1(self, batches: Iterable[tuple[Tensor, ...]]) -> float:
+        """Percentage of images that the averaged network gives their label; NaN without images."""
+        network = self.trained_network()
+        hits = [network(images).argmax(1) == labels for images, labels in batches]
+        return float(torch.cat(hits).float().mean() * 100) if hits else float("nan")
 
 
 def random_affine(images: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""task=train: weights, reference statistics and model card of a short run, and what a finished run does again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from tmpq_exp.__main__ import conf_dir
+from tmpq_exp.config import register_schema, to_config
+from tmpq_exp.metrics.frechet import FeatureStatistics
+from tmpq_exp.train import train
+from tmpq_exp.zoo.digits import DigitsClassifier, DigitsDDPM
+
+
+def run(directory: Path, *overrides: str) -> None:
+    register_schema()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir().resolve())):
+        composed = compose("config", ["task=train", f"paths.run_dir={directory}", "num_threads=1", *overrides])
+    resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    assert isinstance(resolved, dict)
+    train(to_config(composed), {str(key): value for key, value in resolved.items()})
+
+
+def test_a_classifier_leaves_weights_statistics_and_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ("model=digits_classifier", "data=digits_holdout", "model.recipe.num_steps=60")
+    run(tmp_path, *overrides)
+    DigitsClassifier(str(tmp_path / "model.safetensors")).load()
+    assert FeatureStatistics.load(tmp_path / "reference.safetensors").num_images == 1797
+    card = (tmp_path / "model_card.md").read_text()
+    for fact in ("| seed | 0 |", "scikit-learn", "top-1 on held-out images", "training time", "final training loss"):
+        assert fact in card
+    written = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    run(tmp_path, *overrides)
+    assert "already trained" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_diffusion_model_is_assessed_with_its_averaged_weights(tmp_path: Path) -> None:
+    run(
+        tmp_path,
+        "model.recipe.num_steps=2",
+        "evaluation.num_images=8",
+        "evaluation.reference_steps=3",
+        "data.batch_size=8",
+    )
+    DigitsDDPM(str(tmp_path / "model.safetensors")).load()
+    card = (tmp_path / "model_card.md").read_text()
+    assert "noise MSE of the averaged weights" in card
+    assert "fd_digits, 8 images, DDIM, 3 quadratic steps" in card
