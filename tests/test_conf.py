@@ -202,6 +202,11 @@ def test_a_wrong_type_is_refused(override: str) -> None:
         checked(override)
 
 
+def test_smoke_leaves_random_search_random() -> None:
+    search = checked("tier=smoke", "ablation=random_search").search
+    assert search["num_mutants"] == search["num_crossovers"] == 0
+
+
 @pytest.mark.parametrize("key", ["foo", "quant.foo", "winograd.learning.foo"])
 def test_an_added_key_that_nothing_reads_is_refused(key: str) -> None:
     with pytest.raises(UserError, match=f"{key}: no such key"):

@@ -221,7 +221,7 @@ def test_no_candidate_is_scored_twice_under_one_fingerprint(
     assert len(set(pairs)) == len(pairs)
     assert [trial["index"] for trial in trials] == list(range(len(trials)))
     searched = {trial["key"] for trial in trials if trial["phase"] == "search"}
-    assert report["search"]["num_evaluations"] == len(searched) == 12
+    assert report["search"]["num_evaluations"] == len(searched) == 32
     assert report["search"]["stop_reason"] == "generations"
     assert all(Candidate.from_json(trial["candidate"]).key() == trial["key"] for trial in trials)
 
@@ -433,4 +433,4 @@ def test_every_candidate_failing_is_said(tmp_path: Path, monkeypatch: pytest.Mon
         run_here(tmp_path / "run")
     lines = (tmp_path / "run" / "trials.jsonl").read_bytes().splitlines()
     assert {json.loads(line)["error"] for line in lines} == {"images held NaN or infinity"}
-    assert len([line for line in lines if json.loads(line)["phase"] == "search"]) == 12
+    assert len([line for line in lines if json.loads(line)["phase"] == "search"]) == 32

@@ -86,8 +86,8 @@ def make_candidate(module: SupernetModule, kind: str) -> Candidate:
 def test_images_are_bit_equal(module: SupernetModule, kind: str, tmp_path: Path) -> None:
     candidate = make_candidate(module, kind)
     model = apply_recipe(write(module, candidate, tmp_path))
-    expected = torch.cat([module.images(candidate, indices, 5) for indices in (range(1, 4), range(4, 6))])
-    assert torch.equal(model.sample(5, seed=5, first_index=1), expected)
+    whole = torch.cat([module.images(candidate, indices, 5) for indices in (range(1, 4), range(4, 7))])
+    assert torch.equal(model.sample(5, seed=5, first_index=1), whole[:5])
     assert model.candidate == candidate
     assert model.timesteps == TIMESTEPS
     with pytest.raises(ValueError, match="num_images must be at least 1, found 0"):

@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +200,18 @@ def test_digests_depend_on_content_not_on_order() -> None:
 
 def test_flatten_gives_dotted_keys() -> None:
     assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
+
+
+def test_a_directory_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from tmpq_exp.rundir import RunDirectory;"
+        f"RunDirectory.claim(Path({str(tmp_path / 'run')!r}), {{'a': 1}}); print('claimed', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
+        with pytest.raises(UserError, match="in use by another process"):
+            RunDirectory.claim(tmp_path / "run", {"a": 1})
+        other.kill()
+        other.wait()
+    RunDirectory.claim(tmp_path / "run", {"a": 1})

@@ -153,6 +153,8 @@ class WinogradConfig:
         for tile in self.report_tiles:
             if not 2 <= tile <= 6:
                 raise UserError(f"winograd.report_tiles must hold tiles in 2..6, found {tile}")
+        if not isinstance(self.points, (str, list)):
+            raise UserError(f"winograd.points must be standard, improved or a list of points, found {self.points!r}")
         if self.scales not in ("standard", "closed_form", "learned"):
             raise UserError(f"winograd.scales must be standard, closed_form or learned, found {self.scales!r}")
         _check_at_least("winograd.group_size", self.group_size, 1)

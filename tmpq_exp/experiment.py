@@ -117,7 +117,7 @@ class Experiment:
             self.cost,
             self.trials,
             reference_candidate=self.baselines()["float_reference"],
-            supernet_state=digest([state, scales]),
+            supernet_state=digest([asdict(self.config.quant), state, scales]),
             on_trial=self.on_trial,
         )
 
@@ -142,7 +142,13 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     ]
     act_choices = [_with_baselines(config.space.act_bits)] * len(cost)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
-    device = instantiate(config.trainer)().strategy.root_device
+    trainer: L.Trainer = instantiate(config.trainer)()
+    if trainer.world_size != 1:
+        raise UserError(
+            f"trainer: candidates are scored by one process on one device, found {trainer.world_size} devices; "
+            "set trainer.devices=1"
+        )
+    device = trainer.strategy.root_device
     experiment = Experiment(config, run, task, metric, cost, space, 0, module, trials, on_trial, device)
     experiment.budget_bitops = _budget_bitops(experiment)
     experiment.quadratic(config.evaluation.reference_steps)  # what is wrong fails here rather than after the search

@@ -28,7 +28,7 @@ from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import WinogradScales
 from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.task import DiffusionTask
-from tmpq_exp.zoo.weights import read_tensors, write_tensors
+from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 RECIPE_SCHEMA = 1
 EMBEDDED_MODELS = {DigitsDDPM.name: DigitsDDPM}
@@ -71,11 +71,9 @@ class CompressedModel:
         """
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, found {num_images}")
-        indices = range(first_index, first_index + num_images)
-        starts = range(0, num_images, self.micro_batch)
-        return torch.cat(
-            [self.module.images(self.candidate, indices[i : i + self.micro_batch], seed).cpu() for i in starts]
-        )
+        starts = range(first_index, first_index + num_images, self.micro_batch)
+        batches = (range(start, start + self.micro_batch) for start in starts)  # always whole ones: see micro_batch
+        return torch.cat([self.module.images(self.candidate, b, seed).cpu() for b in batches])[:num_images]
 
 
 def task_layers(task: DiffusionTask) -> tuple[LayerShape, ...]:
@@ -123,7 +121,7 @@ def write_recipe(
         "schema": RECIPE_SCHEMA,
         "model": module.task.name,
         "weights_hash": module.task.weights_hash,
-        "sampler": {"name": "ddim", "eta": 0, "clip_sample": module.task.clip_sample},
+        "sampler": _sampler(module.task),
         "micro_batch": micro_batch,
         "candidate": candidate.to_json(),
         "layers": [shape.name for shape in layers],
@@ -186,6 +184,8 @@ def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) ->
             f"{path}: the recipe was made for weights {recipe['weights_hash']}, "
             f"the float model given ({task.name}) has {task.weights_hash}"
         )
+    if recipe["sampler"] != _sampler(task):
+        raise ValueError(f"{path}: the recipe was made for sampler {recipe['sampler']}, the task has {_sampler(task)}")
     layers = task_layers(task)
     if [shape.name for shape in layers] != recipe["layers"]:
         raise ValueError(f"{path}: the layers of the recipe are not those of model {task.name}")
@@ -212,6 +212,11 @@ def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) ->
     return CompressedModel(candidate, module, micro_batch)
 
 
+def _sampler(task: DiffusionTask) -> dict[str, Any]:
+    schedule = content_hash({"alphas_cumprod": task.alphas_cumprod})
+    return {"name": "ddim", "eta": 0, "clip_sample": task.clip_sample, "schedule": schedule}
+
+
 def _candidate(data: Any, task: DiffusionTask, num_layers: int) -> Candidate:
     candidate = Candidate.from_json(data)
     first, last = candidate.timesteps[0], candidate.timesteps[-1]
@@ -232,7 +237,18 @@ def _read(path: Path) -> dict[str, Any]:
         recipe = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON ({error}); a recipe.json that a run wrote was expected") from error
-    keys = {"schema", "model", "weights_hash", "micro_batch", "candidate", "layers", "quant", "winograd", "state"}
+    keys = {
+        "schema",
+        "model",
+        "weights_hash",
+        "sampler",
+        "micro_batch",
+        "candidate",
+        "layers",
+        "quant",
+        "winograd",
+        "state",
+    }
     if not isinstance(recipe, dict) or not keys <= recipe.keys():
         missing = sorted(keys - recipe.keys()) if isinstance(recipe, dict) else sorted(keys)
         raise ValueError(f"{path} is no recipe: it misses {', '.join(missing)}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from tmpq_exp.config import Granularity
-from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
+from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, LayerShape
 from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import is_eligible
@@ -101,21 +101,45 @@ def assemble_report(
         },
         "search_baselines": [entry(trial, name, weighted) for name, trial in scored.items() if trial is not None],
         "stages": seconds,
-        "warnings": [*warnings, *(f"candidate {t.key} failed: {t.error}" for t in failed)],
+        "warnings": [*warnings, *_warnings(experiment, searched, search_objective.fingerprint)],
         "ragged_groups": ragged_groups(experiment),
         "environment": starts[-1],
         "seed": config.seed,
     }
 
 
+def _warnings(experiment: Experiment, searched: Sequence[Trial], fingerprint: str) -> list[str]:
+    """What a reader of the figures must know."""
+    config = experiment.config.winograd
+    found = [f"candidate {trial.key} failed: {trial.error}" for trial in searched if trial.error is not None]
+    others = [t for t in experiment.trials.of_phase("search") if t.fingerprint != fingerprint]
+    if others:
+        found.append(
+            f"{len(others)} search trials were scored under another fingerprint (other threads, device, library or "
+            "files than now) and are left out"
+        )
+    stages = (config.quantize_input, config.quantize_v, config.quantize_u, config.quantize_m)
+    if config.tile and (config.m_bits != TRANSFORM_BITS or not all(stages)):
+        found.append(
+            f"BitOPs count every Winograd stage as quantized and M at {TRANSFORM_BITS} bits, which is not what this "
+            "run computes: compare its quality, not its cost"
+        )
+    if config.tile and Granularity.PER_GROUP not in (experiment.config.quant.act.granularity,):
+        found.append(
+            "Winograd layers have dynamic group-wise activation scales, direct ones static scales: to compare tiles "
+            "alone, run with quant=groupwise"
+        )
+    return found
+
+
 def picture_records(experiment: Experiment, fingerprint: str) -> list[dict[str, Any]]:
-    """All trials, and once more under its name each baseline that the search itself had scored."""
+    """Trials of this fingerprint, and once more under its name each baseline that the search itself had scored."""
     names = {candidate.key(): name for name, candidate in experiment.baselines().items()}
-    trials = experiment.trials.trials
+    trials = [trial for trial in experiment.trials.of_phase("search", "baseline") if trial.fingerprint == fingerprint]
     again = [
         {**asdict(trial), "phase": "baseline", "name": names[trial.key]}
         for trial in trials
-        if trial.phase == "search" and trial.fingerprint == fingerprint and trial.key in names
+        if trial.phase == "search" and trial.key in names
     ]
     return [*(asdict(trial) for trial in trials), *again]
 
@@ -142,22 +166,16 @@ def sample_rows(experiment: Experiment, winner: Candidate, seed: int) -> list[tu
 def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:
     """Layers whose last group of channels is shorter than the group size."""
     config = experiment.config
-    uses: list[tuple[int, Callable[[LayerShape], int]]] = []
-    if Granularity.PER_GROUP in (config.quant.weight.granularity, config.quant.act.granularity):
-        uses.append((config.quant.act.group_size, _input_channels))
+    found: dict[tuple[str, int], int] = {}
+    for quantizer in (config.quant.weight, config.quant.act):
+        if quantizer.granularity == Granularity.PER_GROUP:
+            for shape in experiment.layers:
+                found[shape.name, quantizer.group_size] = _input_channels(shape) % quantizer.group_size
     if config.winograd.tile:
-        uses.append(
-            (
-                config.winograd.group_size,
-                lambda s: _input_channels(s) if isinstance(s, ConvShape) and is_eligible(s) else 0,
-            )
-        )
-    found = {
-        (shape.name, size): channels(shape) % size
-        for size, channels in uses
-        for shape in experiment.layers
-        if channels(shape) % size
-    }
+        for shape in experiment.layers:
+            if isinstance(shape, ConvShape) and is_eligible(shape):
+                found[shape.name, config.winograd.group_size] = shape.in_channels % config.winograd.group_size
+    found = {key: last for key, last in found.items() if last}
     return [{"name": name, "group_size": size, "last_group": last} for (name, size), last in found.items()]
 
 

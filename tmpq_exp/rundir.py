@@ -25,6 +25,11 @@ from yaml import YAMLError
 from tmpq_exp.config import UserError
 from tmpq_exp.files import replace_file
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
 VOLATILE_KEYS = ("logger", "paths")
 """Parts of the configuration that do not change results; a run may be resumed with others."""
 
@@ -97,17 +102,19 @@ class RunDirectory:
         plain = json.loads(json.dumps(config, default=str))
         if path.exists() and not path.is_dir():
             raise UserError(f"hydra.run.dir: {path} is a file; a directory was expected")
-        _remove_leftovers(path)
         if run.config.exists():
             _refuse_other_config(run.config, plain)
-        elif path.exists() and any(path.iterdir()):
-            raise UserError(
-                f"hydra.run.dir: {path} is not empty and no run directory (it has no {run.config.name}); "
-                "give a new directory, or one that an earlier run made"
-            )
-        else:
+            _lock(run)
+        _remove_leftovers(path)
+        if not run.config.exists():
+            if path.exists() and any(path.iterdir()):
+                raise UserError(
+                    f"hydra.run.dir: {path} is not empty and no run directory (it has no {run.config.name}); "
+                    "give a new directory, or one that an earlier run made"
+                )
             path.mkdir(parents=True, exist_ok=True)
             replace_file(run.config, OmegaConf.to_yaml(plain).encode())
+        _lock(run)
         _record_start(run.environment)
         return run
 
@@ -186,6 +193,24 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged (it holds no JSON object)")
     return value
+
+
+_locks: dict[Path, int] = {}
+"""Open file descriptors that hold the locks of this process's run directories, until it ends."""
+
+
+def _lock(run: RunDirectory) -> None:
+    """Keep other processes out of a run directory for as long as this one lives."""
+    path = run.config.resolve()
+    if fcntl is None or path in _locks:
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"hydra.run.dir: {run.path} is in use by another process; wait for it or stop it") from error
+    _locks[path] = descriptor
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -29,7 +29,7 @@ from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.scales import ConvWeight, input_sqnr_db, learn_scales, network_sqnr_db
 from tmpq_exp.winograd.transform import WinogradScales, closed_form_scales, ineligible_reason, standard_scales
-from tmpq_exp.zoo.weights import read_tensors, write_tensors
+from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 REPORTED_BITS = 8
 """Bits of all Winograd stages behind the reported SQNR."""
@@ -39,7 +39,15 @@ def calibrate(experiment: Experiment) -> None:
     """Set all quantizers, or read them back if the same calibration was done before."""
     config, supernet = experiment.config, experiment.module.supernet
     choices = [[q.bit_choices for _, q in layer.quantizers()] for layer in supernet.layers]
-    inputs = [experiment.task.weights_hash, asdict(config.calibration), asdict(config.quant), choices, config.seed]
+    schedule = content_hash({"alphas_cumprod": experiment.task.alphas_cumprod})
+    inputs = [
+        experiment.task.weights_hash,
+        schedule,
+        asdict(config.calibration),
+        asdict(config.quant),
+        choices,
+        config.seed,
+    ]
     path = experiment.run.supernet
 
     def compute() -> None:
@@ -88,7 +96,7 @@ def _learn_tile(experiment: Experiment, m: int) -> dict[str, Any]:
     scales = {"standard": standard_scales(spec.transform()), "closed_form": closed_form_scales(spec.transform())}
     kept = "closed_form"
     curve: tuple[float, ...] = ()
-    if config.learning.num_steps:
+    if config.learning.num_steps and layers:
         result = learn_scales(
             layers,
             spec,
@@ -102,18 +110,19 @@ def _learn_tile(experiment: Experiment, m: int) -> dict[str, Any]:
         scales, kept, curve = dict(result.scales), result.kept, result.curve
     reported = WinogradSpec(m, points=config.points)
     inputs = _layer_inputs(experiment, [shape.name for shape in eligible])
-    activations = {
-        kind: statistics.median(
+    no_figures: dict[str, float | None] = dict.fromkeys(("standard", "closed_form", "learned"))
+    noise, activations = dict(no_figures), dict(no_figures)
+    for kind, s in scales.items() if layers else ():
+        noise[kind] = network_sqnr_db(layers, reported, s, seed, REPORTED_BITS)
+        activations[kind] = statistics.median(
             input_sqnr_db(layer, inputs[layer.name], reported, s, REPORTED_BITS) for layer in layers
         )
-        for kind, s in scales.items()
-    }
     return {
         "m": m,
         "points": config.points,
         "eligible_layers": [shape.name for shape in eligible],
         "ineligible_layers": [{"name": name, "reason": reason} for name, reason in reasons.items() if reason],
-        "sqnr_db": {k: network_sqnr_db(layers, reported, s, seed, REPORTED_BITS) for k, s in scales.items()},
+        "sqnr_db": noise,
         "sqnr_db_activations": activations,
         "kept": kept,
         "scales": {kind: s.to_json() for kind, s in scales.items()},

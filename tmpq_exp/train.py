@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from tmpq_exp.config import Config
+from tmpq_exp.config import Config, UserError
 from tmpq_exp.data import ImageData
 from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
 from tmpq_exp.files import replace_file
@@ -20,7 +20,7 @@ from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
 from tmpq_exp.progress import StageProgress
 from tmpq_exp.rundir import RunDirectory, describe_environment
 from tmpq_exp.seeding import stream_seed
-from tmpq_exp.zoo.task import DiffusionModel, DiffusionTask, FloatModel
+from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel
 from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, TrainingModule
 from tmpq_exp.zoo.weights import write_tensors
 
@@ -38,7 +38,9 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
         print(f"already trained\nweights     {run.weights}\nmodel card  {run.model_card}")
         return
     torch.manual_seed(stream_seed(config.seed, "train"))
-    model: FloatModel = instantiate(config.model)
+    model = instantiate(config.model)
+    if not isinstance(model, TrainableModel):
+        raise UserError(f"model: {type(model).__name__} has no training recipe here")
     data: ImageData = instantiate(config.data)
     module = model.training_module()
     num_steps = module.recipe.num_steps
@@ -71,7 +73,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
 
 
 def _assess(
-    config: Config, model: FloatModel, module: TrainingModule, data: ImageData, run: RunDirectory
+    config: Config, model: TrainableModel, module: TrainingModule, data: ImageData, run: RunDirectory
 ) -> dict[str, float]:
     """Figures of the trained network for its card; a classifier's reference statistics are written as well."""
     if isinstance(module, ClassifierTraining):
@@ -81,7 +83,7 @@ def _assess(
         sums.statistics().save(run.reference, f"all images of: {data.description}; uint8")
         return {"top-1 on held-out images, percent": module.top1(data.val_dataloader())}
     assert isinstance(module, DiffusionTraining)
-    assert isinstance(model, DiffusionModel)
+    assert isinstance(model, TrainableDiffusionModel)
     task = model.wrap(module.trained_network())
     metric: FrechetMetric = instantiate(config.evaluation.metric)
     quality = {"noise MSE of the averaged weights, all images": module.average_loss(*data.everything())}
@@ -107,7 +109,7 @@ def _images(task: DiffusionTask, config: Config, num_steps: int) -> Iterator[Ten
             yield task.sample(task.unet, indices, timesteps, seed)
 
 
-def _model_card(model: FloatModel, module: TrainingModule, facts: dict[str, str]) -> str:
+def _model_card(model: TrainableModel, module: TrainingModule, facts: dict[str, str]) -> str:
     environment = describe_environment()
     rows = {
         "parameters": f"{sum(p.numel() for p in module.network.parameters()):,}",

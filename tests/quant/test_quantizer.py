@@ -162,6 +162,16 @@ def test_extreme_values_are_seen_however_few_are_kept() -> None:
     assert quantizer.zero_point.item() == zero_point
 
 
+def test_extreme_values_do_not_shift_a_percentile() -> None:
+    generator = torch.Generator().manual_seed(0)
+    quantizer = ActQuantizer((8,), 3, 1, QuantizerConfig(estimator="percentile", percentile=99.0, symmetric=True))
+    quantizer.start_observing()
+    for _ in range(20):  # many batches, few values kept of each
+        quantizer.observe(torch.randn(8, 3, 64, 64, generator=generator), 400, generator)
+    quantizer.finish_observing()
+    assert quantizer.scale.item() * 127 == pytest.approx(2.326, rel=0.05)  # 99th percentile of a unit Gaussian
+
+
 def test_new_parameters_take_effect_at_once() -> None:
     x = random(2, 3, 4, 4)
     quantizer = calibrated(ActQuantizer((8,), 3, 1, QuantizerConfig()), x)

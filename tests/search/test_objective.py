@@ -35,7 +35,7 @@ class FakeSupernet:
     bad: Candidate | None = None
     calls: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    task: Any = field(default_factory=lambda: SimpleNamespace(weights_hash="w", clip_sample=False))
+    task: Any = field(default_factory=lambda: fake_task())
 
     def images(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:
         self.calls.append((candidate.key(), tuple(image_indices), seed))
@@ -61,6 +61,11 @@ class FakeMetric:
 
     def fingerprint(self) -> dict[str, str]:
         return {"metric": self.name, "reference": self.reference}
+
+
+def fake_task(**changes: Any) -> SimpleNamespace:
+    facts = {"weights_hash": "w", "clip_sample": False, "sample_shape": (1, 2, 2), "num_classes": None}
+    return SimpleNamespace(**({**facts, "alphas_cumprod": torch.linspace(0.9, 0.1, 10)} | changes))
 
 
 @dataclass
@@ -93,7 +98,7 @@ def setup(tmp_path: Path) -> Setup:
 
 def test_images_come_in_micro_batches_of_one_stream(setup: Setup) -> None:
     setup.objective().evaluate(candidate(8), "search", generation=0)
-    batches = [(0, 1), (2, 3), (4,)]
+    batches = [(0, 1), (2, 3), (4, 5)]  # the last one is whole; what is beyond num_images is left out
     expected = [(c.key(), batch, 3) for c in (candidate(8), REFERENCE) for batch in batches]
     assert setup.supernet.calls == expected
 
@@ -183,12 +188,13 @@ def test_the_fingerprint_changes_with_all_that_a_figure_depends_on(setup: Setup)
         setup.objective(reference_candidate=candidate(32, 32)),
         setup.objective(metric=FakeMetric(reference="q")),
     ]
-    setup.supernet.task = SimpleNamespace(weights_hash="v", clip_sample=False)
+    setup.supernet.task = fake_task(weights_hash="v")
     objectives.append(setup.objective())
-    setup.supernet.task = SimpleNamespace(weights_hash="w", clip_sample=True)
-    objectives.append(setup.objective())
+    for change in ({"clip_sample": True}, {"num_classes": 3}, {"alphas_cumprod": torch.linspace(0.9, 0.2, 10)}):
+        setup.supernet.task = fake_task(**change)
+        objectives.append(setup.objective())
     assert len({objective.fingerprint for objective in objectives}) == len(objectives)
-    setup.supernet.task = SimpleNamespace(weights_hash="w", clip_sample=False)
+    setup.supernet.task = fake_task()
     assert setup.objective().fingerprint == objectives[0].fingerprint
 
 

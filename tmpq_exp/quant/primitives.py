@@ -12,7 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-MIN_BITS, MAX_BITS = 2, 16
+from tmpq_exp.config import MAX_BITS, MIN_BITS
 
 
 class RangeEstimator(str, Enum):
@@ -140,6 +140,7 @@ def estimate_range(
     estimator: RangeEstimator = RangeEstimator.MINMAX,
     percentile: float = 99.99,
     num_mse_candidates: int = 60,
+    extremes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clipping range of each row of ``x``.
 
@@ -151,11 +152,12 @@ def estimate_range(
             ``mse``: the min-max range shrunk by the factor of least squared error.
         percentile: In (50, 100]; share of values kept below the upper end, and likewise above the lower end.
         num_mse_candidates: Factors tried by ``mse``, from 1 downwards in equal steps to 0.2.
+        extremes: ``(low, high)`` of each row, ``(rows,)``, if ``x`` is only a sample of it; None takes those of ``x``.
 
     Returns:
         ``(low, high)``, each ``(rows,)``.
     """
-    low, high = x.amin(dim=1), x.amax(dim=1)
+    low, high = (x.amin(dim=1), x.amax(dim=1)) if extremes is None else extremes
     if estimator is RangeEstimator.PERCENTILE:
         upper = _kth_percentile(x, percentile)
         lower = -_kth_percentile(-x, percentile)

@@ -63,8 +63,8 @@ class Quantizer(nn.Module):
             self.scale[index], self.zero_point[index] = other.scale[held], other.zero_point[held]
 
     @torch.no_grad()
-    def estimate(self, rows: Tensor) -> None:
-        """Set the parameters of all bit choices from values, ``(rows, values)``."""
+    def estimate(self, rows: Tensor, extremes: tuple[Tensor, Tensor] | None = None) -> None:
+        """Set the parameters of all bit choices from values ``(rows, values)``; see ``estimate_range``."""
         for index, bits in enumerate(self.bit_choices):
             symmetric = self.config.symmetric
             low, high = estimate_range(
@@ -73,6 +73,7 @@ class Quantizer(nn.Module):
                 symmetric=symmetric,
                 estimator=RangeEstimator(self.config.estimator),
                 percentile=self.config.percentile,
+                extremes=extremes,
             )
             self.scale[index], self.zero_point[index] = scale_and_zero_point(low, high, bits, symmetric)
 
@@ -133,6 +134,7 @@ class ActQuantizer(Quantizer):
         self.channel_dim = channel_dim
         self._scalars: dict[int, tuple[Tensor, float, float]] = {}
         self._observed: list[Tensor] | None = None
+        self._extremes: list[Tensor] = []
 
     def forward(self, x: Tensor, bits: int) -> Tensor:
         """Activations quantized and dequantized; ``x`` itself is left as it is."""
@@ -169,21 +171,21 @@ class ActQuantizer(Quantizer):
 
     def start_observing(self) -> None:
         """Collect values from ``observe`` until ``finish_observing``."""
-        self._observed = []
+        self._observed, self._extremes = [], []
 
     def observe(self, x: Tensor, num_values: int, generator: torch.Generator) -> None:
-        """Keep a random sample of ``num_values`` values of ``x``, at least one a row, and the extreme ones."""
+        """Keep a random sample of ``num_values`` values, at least one a row, and apart from it the extremes."""
         if self._observed is None or self.is_dynamic:
             return
         rows = x.detach().transpose(0, self.channel_dim).reshape(self.num_rows, -1) if self.num_rows > 1 else None
         rows = x.detach().reshape(1, -1) if rows is None else rows
         count = max(1, min(rows.shape[1], num_values // self.num_rows))
         columns = torch.randint(rows.shape[1], (count,), generator=generator).to(rows.device)
-        extremes = torch.stack([rows.amin(1), rows.amax(1)], dim=1)
-        self._observed.append(torch.cat([rows[:, columns], extremes], dim=1).cpu())
+        self._observed.append(rows[:, columns].cpu())
+        self._extremes.append(torch.stack([rows.amin(1), rows.amax(1)], dim=1).cpu())
 
     def finish_observing(self) -> None:
-        """Estimate ranges from what was observed.
+        """Estimate ranges: ``minmax`` from the extremes, the others from the random sample, never beyond the extremes.
 
         Raises:
             ValueError: If nothing was observed, or it held NaN or infinities.
@@ -194,8 +196,10 @@ class ActQuantizer(Quantizer):
             return
         if not observed:
             raise ValueError("no activation was seen during calibration")
-        values = torch.cat(observed, dim=1)
-        if not values.isfinite().all():
+        extremes = torch.cat(self._extremes, dim=1)
+        if not extremes.isfinite().all():
             raise ValueError("activations held NaN or infinity during calibration")
-        self.estimate(values.to(self.scale.device))
+        device = self.scale.device
+        low, high = extremes.amin(1).to(device), extremes.amax(1).to(device)
+        self.estimate(torch.cat(observed, dim=1).to(device), (low, high))
         self.forget_scalars()

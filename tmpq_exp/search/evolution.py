@@ -349,6 +349,8 @@ class EvolutionSearch:
 
 def _at_least(minimum: int, **values: int) -> None:
     for name, value in values.items():
+        if type(value) is not int:
+            raise ValueError(f"{name} must be an integer of at least {minimum}, found {value!r}")
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, found {value}")
 

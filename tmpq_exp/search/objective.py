@@ -17,6 +17,7 @@ from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import digest
 from tmpq_exp.search.trials import Trial, TrialLog, finite_metrics
+from tmpq_exp.zoo.weights import content_hash
 
 MicroBatches = Callable[[Candidate], Iterable[Tensor]]
 """Images of a candidate under a protocol, one micro-batch after the other."""
@@ -37,9 +38,15 @@ class Protocol:
     micro_batch: int
 
     def micro_batches(self) -> list[range]:
-        """Image indices of every forward."""
-        starts = range(0, self.num_images, self.micro_batch)
-        return [range(start, min(start + self.micro_batch, self.num_images)) for start in starts]
+        """Image indices of every forward; the last one is whole too, so that an image never depends on their number."""
+        return [range(i, i + self.micro_batch) for i in range(0, self.num_images, self.micro_batch)]
+
+    def wanted(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """These micro-batches without the images beyond ``num_images``."""
+        missing = self.num_images
+        for images in batches:
+            yield images[:missing]
+            missing -= len(images)
 
 
 class Objective:
@@ -77,6 +84,10 @@ class Objective:
             **asdict(protocol),
             "model": task.weights_hash,
             "supernet": supernet_state,
+            "schedule": content_hash({"alphas_cumprod": task.alphas_cumprod}),
+            "sample_shape": list(task.sample_shape),
+            "num_classes": task.num_classes,
+            "torch": torch.__version__,
             "sampler": f"ddim, eta 0, clip_sample {task.clip_sample}",
             "psnr_reference": reference_candidate.key(),
             "dtype": "float32",
@@ -132,14 +143,14 @@ class Objective:
         return trial
 
     def _measure(self, candidate: Candidate, images: MicroBatches) -> tuple[dict[str, float], str | None]:
-        batches = list(images(candidate))
+        batches = list(self.protocol.wanted(images(candidate)))
         made = torch.cat(batches)
         if not made.isfinite().all():
             return {self.metric.name: math.nan, "psnr_db": math.nan}, "images held NaN or infinity"
         if candidate == self.reference_candidate:
             self._reference = made
         elif self._reference is None:
-            self._reference = torch.cat(list(self.images(self.reference_candidate)))
+            self._reference = torch.cat(list(self.protocol.wanted(self.images(self.reference_candidate))))
         psnr_db = mean_psnr_db(made, self._reference)
         try:
             quality = self.metric(batches)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tmpq_exp.data import DIGITS_SIZE
 from tmpq_exp.diffusion.schedule import linear_alphas_cumprod
-from tmpq_exp.zoo.task import DiffusionModel, DiffusionTask, FloatModel
+from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel
 from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, Recipe
 from tmpq_exp.zoo.weights import load_weights
 
@@ -21,7 +21,7 @@ EMBEDDED = Path(__file__).parent
 NUM_DIGITS = 10
 
 
-class DigitsDDPM(DiffusionModel):
+class DigitsDDPM(TrainableDiffusionModel):
     """Class-conditional DDPM on the UCI digits at 16x16: 0.82 M parameters, 40.8 MMAC a call, T = 1000, linear betas.
 
     Args:
@@ -58,13 +58,13 @@ class DigitsDDPM(DiffusionModel):
         return linear_alphas_cumprod(self.num_train_timesteps, *self.beta_range)
 
     def load(self) -> nn.Module:
-        """See ``FloatModel.load``."""
+        """See ``TrainableModel.load``."""
         network = self.architecture()
         load_weights(network, self.checkpoint, self.name)
         return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def wrap(self, network: nn.Module) -> DiffusionTask:
-        """See ``DiffusionModel.wrap``."""
+        """See ``TrainableDiffusionModel.wrap``."""
         return DiffusionTask(
             name=self.name,
             unet=network,
@@ -75,7 +75,7 @@ class DigitsDDPM(DiffusionModel):
         )
 
     def training_module(self) -> DiffusionTraining:
-        """See ``FloatModel.training_module``."""
+        """See ``TrainableModel.training_module``."""
         if self.recipe is None:
             raise ValueError("model.recipe is null: training needs a recipe")
         return DiffusionTraining(self.architecture(), self.recipe, self.alphas_cumprod(), class_conditional=True)
@@ -111,7 +111,7 @@ class DigitsFeatureNetwork(nn.Module):
         return logits
 
 
-class DigitsClassifier(FloatModel):
+class DigitsClassifier(TrainableModel):
     """The digits classifier; its features serve ``fd_digits``.
 
     Args:
@@ -130,14 +130,14 @@ class DigitsClassifier(FloatModel):
         return DigitsFeatureNetwork()
 
     def load(self) -> DigitsFeatureNetwork:
-        """See ``FloatModel.load``."""
+        """See ``TrainableModel.load``."""
         network = self.architecture()
         load_weights(network, self.checkpoint, self.name)
         network.eval().requires_grad_(False)
         return network
 
     def training_module(self) -> ClassifierTraining:
-        """See ``FloatModel.training_module``."""
+        """See ``TrainableModel.training_module``."""
         if self.recipe is None:
             raise ValueError("model.recipe is null: training needs a recipe")
         return ClassifierTraining(self.architecture(), self.recipe)

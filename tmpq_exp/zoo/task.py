@@ -96,8 +96,8 @@ class DiffusionTask:
         return (x0 / 2 + 0.5).clamp(0, 1).masked_fill_(~x0.isfinite(), float("nan"))
 
 
-class FloatModel(ABC):
-    """One option of the model group: how its network is built, trained, saved and loaded.
+class TrainableModel(ABC):
+    """An option of the model group that ``task=train`` can train: how its network is built, trained and loaded.
 
     Class attributes:
         name: Name of the model, as in ``model=...``.
@@ -122,8 +122,20 @@ class FloatModel(ABC):
         """Module that trains the network by this model's recipe; its ``trained_network()`` gives the result."""
 
 
-class DiffusionModel(FloatModel):
-    """A float model that makes images."""
+class DiffusionModel(ABC):
+    """An option of the model group that makes images: all that ``task=run`` needs."""
+
+    @abstractmethod
+    def task(self) -> DiffusionTask:
+        """The float network with its weights, schedule and conditioning.
+
+        Raises:
+            ValueError: If the checkpoint is missing, truncated or of another model.
+        """
+
+
+class TrainableDiffusionModel(TrainableModel, DiffusionModel):
+    """A model that can be trained here and makes images."""
 
     @abstractmethod
     def wrap(self, network: nn.Module) -> DiffusionTask:
