@@ -312,3 +312,19 @@ def test_a_failing_job_does_not_stop_the_sweep(tmp_path: Path) -> None:
         "tmpq-exp: a job of the sweep failed; the reason is above",
     ]
     assert "Traceback" not in done.stderr
+
+
+def test_options_of_the_users_own_folder_count(tmp_path: Path) -> None:
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    shutil.copy(conf_dir() / "model" / "ddpm_digits.yaml", tmp_path / "own" / "model" / "mine.yaml")
+    done = tmpq(tmp_path, f"--config-dir={tmp_path / 'own'}", "model=mine", "sead=1")
+    assert (done.returncode, only_line(done.stderr)) == (2, "sead: no such key or group; nearest: seed")
+    done = tmpq(tmp_path, "--config-dir", str(tmp_path / "own"), "model=mime")
+    assert done.returncode == 2
+    assert "nearest: mine" in only_line(done.stderr)
+
+
+def test_several_devices_are_refused(tmp_path: Path) -> None:
+    done = tmpq(tmp_path, *SMOKE, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "found 2 devices; set trainer.devices=1" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,12 @@ def explain(error: BaseException, arguments: Iterable[str], conf_dir: Path) -> s
         arguments: The command line behind the program's name.
         conf_dir: Folder of the configuration groups.
     """
-    error = _root(error)
+    error, arguments = _root(error), list(arguments)
     if isinstance(error, (FileExistsError, NotADirectoryError)):
         return f"hydra.run.dir: {error.filename} is a file or lies below one; a directory was expected"
     if isinstance(error, HydraException):
         for override in _parsed(arguments):
-            problem = _group_problem(override, conf_dir) or _key_problem(override, conf_dir)
+            problem = _group_problem(override, [conf_dir, *_own_dirs(arguments)]) or _key_problem(override, conf_dir)
             if problem:
                 return problem
     full_key = getattr(error, "full_key", None)
@@ -97,15 +98,24 @@ def _parsed(arguments: Iterable[str]) -> list[Override]:
     return overrides
 
 
-def _group_problem(override: Override, conf_dir: Path) -> str | None:
-    group = conf_dir / override.key_or_group
-    if not group.is_dir():
+def _own_dirs(arguments: Iterable[str]) -> list[Path]:
+    """Folders of the user's own options, given as ``--config-dir``."""
+    words = list(arguments)
+    given = [word.partition("=")[2] for word in words if word.startswith(("--config-dir=", "-cd="))]
+    given += [value for name, value in pairwise(words) if name in ("--config-dir", "-cd")]
+    return [Path(value) for value in given]
+
+
+def _group_problem(override: Override, conf_dirs: Iterable[Path]) -> str | None:
+    groups = [path for folder in conf_dirs if (path := folder / override.key_or_group).is_dir()]
+    if not groups:
         return None
-    options = sorted(path.stem for path in group.glob("*.yaml")) + sorted(p.name for p in group.iterdir() if p.is_dir())
+    files = {str(path.relative_to(group).with_suffix("")) for group in groups for path in group.rglob("*.yaml")}
+    options = sorted(files)
     value = override.value()
     choices = [str(choice) for choice in (value.list if isinstance(value, ChoiceSweep) else [value])]
     for choice in choices:
-        if choice not in options and choice != "None" and not (group / f"{choice}.yaml").exists():
+        if choice not in options and choice != "None":
             known = f"options: {', '.join(options)}"
             return f"{override.key_or_group}={choice}: no such option{_nearest(choice, options)}; {known}"
     return None
