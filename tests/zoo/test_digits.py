@@ -27,7 +27,7 @@ def test_the_classifier_knows_digits_it_never_saw() -> None:
     images, labels = DigitsData(64, holdout_fraction=0.2).holdout_set.tensors
     with torch.inference_mode():
         top1 = (DigitsClassifier().load()(images).argmax(1) == labels).float().mean()
-    assert top1 >= 0.95  # 97.2 % measured
+    assert top1 >= 0.95  # 98.6 % measured
 
 
 def test_generated_digits_are_recognised() -> None:
