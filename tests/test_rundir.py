@@ -49,8 +49,11 @@ def test_the_same_configuration_comes_back_and_every_start_is_recorded(tmp_path:
 
 
 def test_logger_and_paths_may_change(tmp_path: Path) -> None:
-    RunDirectory.claim(tmp_path, CONFIG)
-    RunDirectory.claim(tmp_path, CONFIG | {"logger": {"name": "wandb"}, "paths": {"run_dir": "there"}})
+    run = RunDirectory.claim(tmp_path, CONFIG)
+    before = run.config.read_bytes()
+    again = RunDirectory.claim(tmp_path, CONFIG | {"logger": {"name": "wandb"}, "paths": {"run_dir": "there"}})
+    assert again == run
+    assert run.config.read_bytes() == before
 
 
 def test_another_configuration_is_refused_and_the_keys_are_named(tmp_path: Path) -> None:

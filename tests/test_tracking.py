@@ -188,9 +188,11 @@ def test_unknown_mode_is_named(tmp_path: Path) -> None:
         WandbTracker("tmpq", mode="ofline", directory=tmp_path)
 
 
-def test_null_tracker_takes_everything() -> None:
+def test_null_tracker_takes_everything_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     tracker = NullTracker()
     tracker.log_trial(trial(0))
     tracker.log_summary(REPORT)
     tracker.log_images([])
     tracker.finish(1)
+    assert not list(tmp_path.iterdir())
