@@ -26,12 +26,14 @@ from tmpq_exp.rundir import write_json
 from tmpq_exp.trace import trace_layers
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import WinogradScales
+from tmpq_exp.zoo.cifar import CifarDDPM
 from tmpq_exp.zoo.digits import DigitsDDPM
+from tmpq_exp.zoo.embedded import EmbeddedDDPM
 from tmpq_exp.zoo.task import DiffusionTask
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 RECIPE_SCHEMA = 1
-EMBEDDED_MODELS = {DigitsDDPM.name: DigitsDDPM}
+EMBEDDED_MODELS: dict[str, type[EmbeddedDDPM]] = {model.name: model for model in (DigitsDDPM, CifarDDPM)}
 """Models that a recipe may name; for any other one ``apply_recipe`` is given the float task."""
 
 

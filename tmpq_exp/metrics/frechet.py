@@ -15,7 +15,9 @@ from scipy.linalg import LinAlgWarning
 from torch import Tensor
 
 from tmpq_exp.data import to_uint8
-from tmpq_exp.zoo.digits import EMBEDDED, DigitsClassifier
+from tmpq_exp.zoo.cifar import CifarClassifier
+from tmpq_exp.zoo.digits import DigitsClassifier
+from tmpq_exp.zoo.embedded import EmbeddedClassifier, embedded_file
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 
@@ -30,6 +32,10 @@ class FeatureNetwork(Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, for the fingerprint."""
+        ...
+
+    def to(self, device: torch.device) -> FeatureNetwork:
+        """Itself, moved."""
         ...
 
 
@@ -81,8 +87,11 @@ class FeatureSums:
 
     @torch.inference_mode()
     def update(self, images: Tensor) -> None:
-        """Add images in [0, 1], ``(N, C, H, W)``; they are rounded to uint8 first, as saved images would be."""
-        features = self.network.features(to_uint8(images).float() / 255).double()
+        """Add images in [0, 1], ``(N, C, H, W)``, where they are; the network follows them.
+
+        They are rounded to uint8 first, as saved images would be.
+        """
+        features = self.network.to(images.device).features(to_uint8(images).float() / 255).double()
         self._sum += features.sum(0).cpu()
         self._outer += (features.T @ features).cpu()
         self.num_images += len(images)
@@ -122,11 +131,13 @@ class FrechetMetric:
         name: Named after the feature network; ``fid`` is reserved for InceptionV3.
         network: Feature network in eval mode.
         reference: Statistics of the reference images under that network.
+        image_shape: ``(C, H, W)`` of the images it takes; None takes any.
     """
 
     name: str
     network: FeatureNetwork
     reference: FeatureStatistics
+    image_shape: tuple[int, int, int] | None = None
 
     def __call__(self, batches: Iterable[Tensor]) -> float:
         """Distance of images in [0, 1], given in batches of ``(N, C, H, W)``."""
@@ -152,11 +163,24 @@ def digits_frechet(checkpoint: str | None = None, reference: str | None = None) 
         checkpoint: Other classifier weights; the reference must then be theirs.
         reference: Other reference statistics, as safetensors.
     """
-    network = DigitsClassifier(checkpoint).load()
-    path = Path(reference) if reference else EMBEDDED / DigitsClassifier.name / "reference.safetensors"
+    return _frechet("fd_digits", DigitsClassifier(checkpoint), reference)
+
+
+def cifar10_frechet(checkpoint: str | None = None, reference: str | None = None) -> FrechetMetric:
+    """``fd_cifar10``: features of the embedded CIFAR-10 classifier, against the training images of cifar10-jpeg.
+
+    Args:
+        checkpoint, reference: See ``digits_frechet``.
+    """
+    return _frechet("fd_cifar10", CifarClassifier(checkpoint), reference)
+
+
+def _frechet(name: str, classifier: EmbeddedClassifier, reference: str | None) -> FrechetMetric:
+    network = classifier.load()
+    path = Path(reference) if reference else embedded_file(classifier.name, "reference.safetensors")
     statistics = FeatureStatistics.load(path)
     if len(statistics.mean) != network.num_features:
         raise ValueError(
             f"reference statistics: {path} has {len(statistics.mean)} features, the network {network.num_features}"
         )
-    return FrechetMetric("fd_digits", network, statistics)
+    return FrechetMetric(name, network, statistics, classifier.image_shape)

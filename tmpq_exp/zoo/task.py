@@ -101,9 +101,11 @@ class TrainableModel(ABC):
 
     Class attributes:
         name: Name of the model, as in ``model=...``.
+        weights_dtype: Type that trained weights are rounded to and kept in, ``float32`` or ``float16``.
     """
 
     name: str
+    weights_dtype = "float32"
 
     @abstractmethod
     def architecture(self) -> nn.Module:
