@@ -233,12 +233,28 @@ class ObjectiveConfig:
 
     Args:
         num_images: Images a candidate, the same seeds for all, at least 2.
+        proxy: Cheap look at every candidate that decides whose quality is measured: ``feature_mse`` or ``psnr_db``
+            against the float reference at the same seeds, or null for none.
+        proxy_images: Images of the cheap look, the first of the others; from 1 to ``num_images``.
+        promote_fraction: Share of a generation that is scored after it, in (0, 1].
     """
 
     num_images: int = 128
+    proxy: str | None = None
+    proxy_images: int = 16
+    promote_fraction: float = 0.5
 
     def __post_init__(self) -> None:
         _check_at_least("objective.num_images", self.num_images, 2)
+        if self.proxy not in (None, "feature_mse", "psnr_db"):
+            raise UserError(f"objective.proxy must be feature_mse, psnr_db or null, found {self.proxy!r}")
+        if not 1 <= self.proxy_images <= self.num_images:
+            raise UserError(
+                f"objective.proxy_images must be in 1..{self.num_images} (objective.num_images), "
+                f"found {self.proxy_images}"
+            )
+        if not 0 < self.promote_fraction <= 1:
+            raise UserError(f"objective.promote_fraction must be in (0, 1], found {self.promote_fraction}")
 
 
 @dataclass
@@ -252,6 +268,11 @@ class EvaluationConfig:
             winner.
         reference_steps: Steps of the float reference.
         micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads.
+        bootstrap: Resamples behind the intervals over images, 0 for none.
+        noise_seeds: Further seeds on which the winner is scored as the search did, to show the noise of its score.
+        ranked_candidates: Candidates from best to worst that are scored once more on ``num_images``, to show how far
+            the search's ranking holds.
+        random_control: Score as many random candidates as the search did, under the same budget.
     """
 
     metric: Any = MISSING
@@ -259,12 +280,20 @@ class EvaluationConfig:
     num_finalists: int = 4
     reference_steps: int = 50
     micro_batch: int = 64
+    bootstrap: int = 100
+    noise_seeds: int = 3
+    ranked_candidates: int = 6
+    random_control: bool = True
 
     def __post_init__(self) -> None:
         _check_at_least("evaluation.num_images", self.num_images, 2)
         _check_at_least("evaluation.num_finalists", self.num_finalists, 1)
         _check_at_least("evaluation.reference_steps", self.reference_steps, 1)
         _check_at_least("evaluation.micro_batch", self.micro_batch, 1)
+        for name in ("bootstrap", "noise_seeds", "ranked_candidates"):
+            _check_at_least(f"evaluation.{name}", getattr(self, name), 0)
+        if self.bootstrap == 1:
+            raise UserError("evaluation.bootstrap must be 0 or at least 2, found 1")
 
 
 @dataclass
@@ -317,6 +346,8 @@ class Config:
         data: Images for training, a ``_target_``.
         search: The search algorithm, a partial ``_target_``.
         trainer: The Lightning Trainer, a partial ``_target_``.
+        reuse: Run directories whose evaluations are taken over where protocol and quantizers are the same, as they
+            are when only the budget or the search differ.
         seed: Seed of every random stream, at least 0.
         num_threads: CPU threads of torch; null leaves torch's choice.
     """
@@ -337,6 +368,7 @@ class Config:
     trainer: Any = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    reuse: list[str] = field(default_factory=list)
     seed: int = 0
     num_threads: int | None = None
 

@@ -177,9 +177,7 @@ def read_folder(folder: Path, size: int) -> tuple[LabelledImages, tuple[str, ...
     try:
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:
-        raise ValueError(
-            f"data.root: {folder} must be a folder with one subfolder of images a class ({error})"
-        ) from None
+        raise ValueError(f"data.root: {folder} must hold one subfolder of images a class ({error})") from None
 
     def read(path: str) -> np.ndarray:
         try:

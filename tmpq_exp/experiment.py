@@ -33,6 +33,7 @@ from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import WinogradScales
 from tmpq_exp.zoo.task import DiffusionModel, DiffusionTask
+from tmpq_exp.zoo.weights import content_hash
 
 BASELINE_BITS = (8, 6)
 """Uniform bit widths that every report compares with."""
@@ -104,11 +105,17 @@ class Experiment:
         }
         return named | {f"w{bits}a{bits}": self.uniform(steps, bits, bits) for bits in BASELINE_BITS}
 
-    def objective(self, stream: str, num_images: int) -> Objective:
-        """Objective on the image stream of this name; a Trainer's stage may have left the supernet on the CPU."""
+    def objective(self, stream: str, num_images: int, **arguments: Any) -> Objective:
+        """Objective on the image stream of this name; a Trainer's stage may have left the supernet on the CPU.
+
+        Args:
+            stream: Name of the image stream.
+            num_images: Images a candidate.
+            arguments: Further ones of ``Objective``.
+        """
         self.module.to(self.device)
         protocol = Protocol(num_images, stream_seed(self.config.seed, stream), self.config.evaluation.micro_batch)
-        state = {key: value.tolist() for key, value in self.module.supernet.quantizer_state().items()}
+        state = content_hash(self.module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
         return Objective(
             self.module,
@@ -117,8 +124,9 @@ class Experiment:
             self.cost,
             self.trials,
             reference_candidate=self.baselines()["float_reference"],
-            supernet_state=digest([asdict(self.config.quant), state, scales]),
+            state=digest([asdict(self.config.quant), state, scales]),
             on_trial=self.on_trial,
+            **arguments,
         )
 
 
@@ -134,6 +142,11 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
         raise UserError(f"model: {type(model).__name__} makes no images and can only be trained (task=train)")
     task = model.task()
     metric: FrechetMetric = instantiate(config.evaluation.metric)
+    if metric.image_shape not in (None, task.sample_shape):
+        raise UserError(
+            f"evaluation: {metric.name} takes images of shape {metric.image_shape}, model {task.name} makes "
+            f"{task.sample_shape}; choose another evaluation"
+        )
     cost = CostModel(task_layers(task))
     space = _search_space(config, task.num_train_timesteps, cost.layers)
     weight_choices = [
@@ -203,6 +216,23 @@ def make_search(experiment: Experiment) -> EvolutionSearch:
         seed_candidates=tuple(seeds),
     )
     return search
+
+
+def random_candidates(experiment: Experiment, count: int) -> tuple[Candidate, ...]:
+    """Random candidates under the run's budget, none twice."""
+    search = EvolutionSearch(
+        experiment.space,
+        experiment.cost,
+        experiment.budget_bitops,
+        population_size=count,
+        num_parents=1,
+        num_mutants=0,
+        num_crossovers=0,
+        num_generations=1,
+        seed=stream_seed(experiment.config.seed, "random search"),
+        sample_from="highest",
+    )
+    return search.ask()
 
 
 def examined_tiles(config: Config) -> list[int]:

@@ -17,7 +17,7 @@ from tmpq_exp.report import pareto_png, report_html, samples_png, summary_table,
 from tmpq_exp.results import assemble_report, picture_records, sample_rows
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.search.trials import Trial, TrialLog
-from tmpq_exp.stages import calibrate, evaluate, search, select, winograd_scales
+from tmpq_exp.stages import calibrate, evaluate, search, select, weigh, winograd_scales
 from tmpq_exp.tracking import NullTracker, Tracker, WandbTracker
 
 
@@ -33,7 +33,7 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
     """
     with writing(Path(config.paths.run_dir)):
         directory = RunDirectory.claim(Path(config.paths.run_dir), resolved)
-        trials = TrialLog(directory.trials)
+        trials = TrialLog(directory.trials, [Path(path) for path in config.reuse])
         for warning in trials.warnings:
             print(f"warning: {warning}", file=sys.stderr)
 
@@ -45,13 +45,22 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
             winograd = winograd_scales(experiment)
             algorithm, search_objective = search(experiment)
             winner = select(experiment, algorithm)
+            evidence = weigh(experiment, algorithm, search_objective, winner)
             finals, final_objective = evaluate(experiment, winner)
             report = assemble_report(
-                experiment, winograd, algorithm, winner, finals, search_objective, final_objective, trials.warnings
+                experiment,
+                winograd,
+                algorithm,
+                winner,
+                finals,
+                evidence,
+                search_objective,
+                final_objective,
+                trials.warnings,
             )
             _specialize(experiment.module, winner, finals["best"], experiment.winograd, directory, config)
             rows = sample_rows(experiment, winner, final_objective.protocol.seed)
-            records = picture_records(experiment, search_objective.fingerprint)
+            records = picture_records(experiment, search_objective)
             _write_pages(directory, report, records, rows, winner)
             tracker.log_summary(report)
             tracker.log_images([directory.pareto, directory.samples])

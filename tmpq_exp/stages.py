@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 
 from tmpq_exp.config import UserError
 from tmpq_exp.cost import ConvShape
-from tmpq_exp.experiment import Experiment, examined_tiles, make_search, winograd_spec
+from tmpq_exp.experiment import Experiment, examined_tiles, make_search, random_candidates, winograd_spec
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.calibration import CalibrationModule, trajectory_states
 from tmpq_exp.quant.supernet import is_eligible
 from tmpq_exp.rundir import bad_input, digest
+from tmpq_exp.search.evidence import best_so_far, evenly_spread, mean_interval, rank_correlation
 from tmpq_exp.search.evolution import EvolutionSearch
-from tmpq_exp.search.module import SearchModule
-from tmpq_exp.search.objective import Objective
+from tmpq_exp.search.module import Proxy, SearchModule
+from tmpq_exp.search.objective import PROXIES, Objective
 from tmpq_exp.search.trials import Trial
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
@@ -165,13 +167,19 @@ def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]
 def search(experiment: Experiment) -> tuple[EvolutionSearch, Objective]:
     """Run the search; candidates that were scored before a kill are answered from the trials."""
     algorithm = make_search(experiment)
-    objective = experiment.objective("search", experiment.config.objective.num_images)
+    config = experiment.config.objective
+    objective = experiment.objective("search", config.num_images)
+    proxy = None
     total = algorithm.num_generations * algorithm.population_size
+    if config.proxy is not None:
+        cheap = experiment.objective("search", config.proxy_images, measures_quality=False)
+        proxy = Proxy(cheap, config.proxy, config.promote_fraction)
+        total += algorithm.num_generations * proxy.num_promoted(algorithm.population_size)
     trainer = experiment.trainer(
         "search", total, max_epochs=algorithm.num_generations, reload_dataloaders_every_n_epochs=1
     )
     with _timed(experiment, "search"):
-        trainer.fit(SearchModule(algorithm, objective))
+        trainer.fit(SearchModule(algorithm, objective, proxy))
         for name, candidate in experiment.baselines().items():
             if name != "float_reference":
                 objective.evaluate(candidate, "baseline", name=name)
@@ -202,7 +210,7 @@ def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
 def evaluate(experiment: Experiment, winner: Candidate) -> tuple[dict[str, Trial], Objective]:
     """Baselines and winner on the final images."""
     config = experiment.config.evaluation
-    objective = experiment.objective("final", config.num_images)
+    objective = experiment.objective("final", config.num_images, bootstrap=config.bootstrap)
     named = {**experiment.baselines(), "best": winner}
     trials = {}
 
@@ -218,6 +226,97 @@ def evaluate(experiment: Experiment, winner: Candidate) -> tuple[dict[str, Trial
         for name, candidate in named.items():
             trials[name] = objective.evaluate(candidate, "final", name=name, images=predict)
     return trials, objective
+
+
+def weigh(
+    experiment: Experiment, algorithm: EvolutionSearch, objective: Objective, winner: Candidate
+) -> dict[str, Any]:
+    """How far the search's figures can be trusted, by further evaluations.
+
+    Args:
+        experiment: The run.
+        algorithm: The search, done.
+        objective: What it scored with.
+        winner: The chosen candidate.
+
+    Returns:
+        The ``evidence`` of the report; see ``tmpq_exp.report.EVIDENCE_KEYS``.
+    """
+    config, metric = experiment.config.evaluation, experiment.metric.name
+    searched = [t for t in experiment.trials.of_phase("search") if objective.covers(t)]
+    scores = {trial.key: trial.score(metric) for trial in searched}
+    with _timed(experiment, "weigh"):
+        noise = _score_noise(experiment, objective, winner)
+        larger = _score_again(experiment, algorithm)
+        random = _random_control(experiment, algorithm, objective) if config.random_control else []
+    correlations = {"search score and score on more images of other seeds": rank_correlation(scores, larger)}
+    for proxy in PROXIES:
+        sign = -1 if proxy == "psnr_db" else 1
+        values = {t.key: sign * v for t in searched if (v := t.metrics.get(proxy)) is not None}
+        correlations[f"{proxy} and search score, same images"] = rank_correlation(values, scores)
+    looked = {t.key: t for t in experiment.trials.of_phase("proxy")}
+    chosen = experiment.config.objective.proxy
+    if chosen is not None:
+        values = {k: (-1 if chosen == "psnr_db" else 1) * t.score(chosen) for k, t in looked.items()}
+        correlations["proxy and search score, of promoted candidates"] = rank_correlation(values, scores)
+    return {
+        "score_noise": noise,
+        "rank_correlation": [{"between": name} | found for name, found in correlations.items()],
+        "progress": {
+            "search": best_so_far([trial.score(metric) for trial in searched]),
+            "random": best_so_far([trial.score(metric) for trial in random]),
+        },
+    }
+
+
+def _score_noise(experiment: Experiment, objective: Objective, winner: Candidate) -> dict[str, Any]:
+    """The winner's score as the search measured it, its interval over images, and the same on other seeds."""
+    config, metric = experiment.config.evaluation, experiment.metric
+    own = objective.evaluate(winner, "search")
+    others = []
+    with StageBar("noise of the score", config.noise_seeds) as bar:
+        for index in range(config.noise_seeds):
+            again = experiment.objective(f"noise {index}", objective.protocol.num_images)
+            others.append(again.evaluate(winner, "noise"))
+            bar.advance()
+    interval = None
+    if config.bootstrap and own.error is None:
+        images = objective.protocol.wanted(objective.images(winner))
+        interval = list(metric.interval(images, config.bootstrap, objective.protocol.seed))
+    scores = [trial.score(metric.name) for trial in (own, *others)]
+    return {
+        "num_images": objective.protocol.num_images,
+        "seeds": [trial.seed for trial in (own, *others)],
+        "scores": scores,
+        "over_images": {"interval": interval, "num_resamples": config.bootstrap},
+        "over_seeds": mean_interval([score for score in scores[1:] if math.isfinite(score)]),
+    }
+
+
+def _score_again(experiment: Experiment, algorithm: EvolutionSearch) -> dict[str, float]:
+    """Scores on the images of the selection, of candidates from the best to the worst of the search."""
+    config = experiment.config.evaluation
+    ranked = {scored.candidate.key(): scored.candidate for scored in algorithm.top(10**9)}
+    chosen = evenly_spread(list(ranked), config.ranked_candidates)
+    objective = experiment.objective("selection", config.num_images)
+    scores = {}
+    with StageBar("check of the ranking", len(chosen)) as bar:
+        for key in chosen:
+            scores[key] = objective.evaluate(ranked[key], "selection").score(experiment.metric.name)
+            bar.advance()
+    return scores
+
+
+def _random_control(experiment: Experiment, algorithm: EvolutionSearch, objective: Objective) -> list[Trial]:
+    """As many random candidates as the search scored, by the same protocol and under the same budget."""
+    count = sum(1 for trial in experiment.trials.of_phase("search") if objective.covers(trial))
+    candidates = random_candidates(experiment, count)
+    trials = []
+    with StageBar("random search", len(candidates)) as bar:
+        for candidate in candidates:
+            trials.append(objective.evaluate(candidate, "random"))
+            bar.advance()
+    return trials
 
 
 @contextmanager

@@ -271,7 +271,7 @@ class SupernetModule(L.LightningModule):
             self._request = None
 
     def predict_step(self, batch: int, batch_idx: int) -> Tensor:
-        """Images of one micro-batch, on the CPU."""
+        """Images of one micro-batch."""
         assert self._request is not None, "predict outside `requesting`"
         candidate, micro_batches, seed = self._request
-        return self.images(candidate, micro_batches[batch], seed).cpu()
+        return self.images(candidate, micro_batches[batch], seed)
