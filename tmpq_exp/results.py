@@ -185,7 +185,7 @@ def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:
         if quantizer.granularity == Granularity.PER_GROUP:
             for shape in experiment.layers:
                 found[shape.name, quantizer.group_size] = _input_channels(shape) % quantizer.group_size
-    if config.winograd.tile:
+    if config.winograd.tile and config.winograd.group_size:
         for shape in experiment.layers:
             if isinstance(shape, ConvShape) and is_eligible(shape):
                 found[shape.name, config.winograd.group_size] = shape.in_channels % config.winograd.group_size

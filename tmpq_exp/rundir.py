@@ -166,6 +166,7 @@ _FILES = {
     "stages": "stages.json",
     "trials": "trials.jsonl",
     "supernet": "supernet.safetensors",
+    "winograd_scales": "winograd_scales.json",
     "recipe": "recipe.json",
     "recipe_state": "recipe.safetensors",
     "report_json": "report.json",

@@ -18,6 +18,7 @@ from tmpq_exp.quant.layers import FLOAT, LayerSetting, QuantAttentionProducts, Q
 from tmpq_exp.quant.primitives import fake_quantize, integer_range
 from tmpq_exp.quant.quantizer import ActQuantizer, Quantizer
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
+from tmpq_exp.winograd.matrices import NetworkMatrices
 
 BITS = (8, 5, 4)
 CAP = 2**20
@@ -114,7 +115,7 @@ def test_winograd_convolution(padding: int | str | tuple[int, int], padding_mode
     conv, x = nn.Conv2d(4, 6, 3, padding=padding, padding_mode=padding_mode), random(2, 4, 11, 11)
     spec = WinogradSpec(4)
     matrices = WinogradMatrices.from_scales(spec.transform())
-    layer = quant_conv(conv, x, winograd={4: (spec, matrices)})
+    layer = quant_conv(conv, x, winograd={4: (spec, NetworkMatrices(matrices))})
     layer.setting = LayerSetting(5, 8, 4)
     u = transform_weights(conv.weight, matrices, spec, 5)
     if padding_mode == "zeros":

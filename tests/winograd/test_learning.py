@@ -10,16 +10,14 @@ import pytest
 import torch
 
 from tmpq_exp.winograd.conv import WinogradSpec
-from tmpq_exp.winograd.scales import (
-    ConvWeight,
+from tmpq_exp.winograd.learning import (
     LearnedScales,
     ScaleResult,
     WinogradScalesModule,
-    layer_sqnr_db,
     learn_scales,
-    network_sqnr_db,
     step_seeds,
 )
+from tmpq_exp.winograd.scales import ConvWeight, layer_sqnr_db, network_sqnr_db
 from tmpq_exp.winograd.transform import closed_form_scales, standard_scales
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*is deprecated")
@@ -42,7 +40,13 @@ def network() -> list[ConvWeight]:
 
 def learn(m: int, *, steps: int = 30, seed: int = 0, initial: str = "closed_form") -> ScaleResult:
     return learn_scales(
-        network(), WinogradSpec(m), steps=steps, lr=0.02, seed=seed, trainer_factory=trainer_factory, initial=initial
+        network(),
+        WinogradSpec(m),
+        num_steps=steps,
+        learning_rate=0.02,
+        seed=seed,
+        trainer_factory=trainer_factory,
+        initial=initial,
     )
 
 
@@ -61,7 +65,7 @@ def test_learned_scales_hold_the_closed_form(m: int) -> None:
 def test_learning_mends_the_standard_scales() -> None:
     result = learn(4, initial="standard")
     assert result.sqnr_db["learned"] > result.sqnr_db["standard"] + 5
-    pairs = zip(result.scales["learned"].s_b, result.scales["standard"].s_b, strict=True)
+    pairs = zip(result.scales["learned"].shared.s_b, result.scales["standard"].shared.s_b, strict=True)
     assert all(a * b > 0 for a, b in pairs)
 
 
@@ -75,7 +79,7 @@ def test_a_seed_repeats_and_another_differs() -> None:
 def test_weights_stay_as_they_are() -> None:
     layers = network()
     before = [layer.weight.clone() for layer in layers]
-    learn_scales(layers, WinogradSpec(4), steps=2, lr=0.02, seed=0, trainer_factory=trainer_factory)
+    learn_scales(layers, WinogradSpec(4), num_steps=2, learning_rate=0.02, seed=0, trainer_factory=trainer_factory)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
     assert all(layer.weight.grad is None for layer in layers)
 
@@ -102,14 +106,14 @@ def test_network_figure_is_the_median_over_layers() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"steps": 0}, "steps must be an integer of at least 1, found 0"),
-        ({"lr": 0.0}, "lr must be above 0, found 0.0"),
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1, found 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, found 0.0"),
         ({"initial": "zero"}, "initial must be one of standard, closed_form, found 'zero'"),
         ({"layers": []}, "layers must hold at least one eligible convolution"),
     ],
 )
 def test_bad_arguments_are_refused(kwargs: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = {"layers": network(), "steps": 1, "lr": 0.1, **kwargs}
+    arguments: dict[str, object] = {"layers": network(), "num_steps": 1, "learning_rate": 0.1, **kwargs}
     layers = arguments.pop("layers")
     with pytest.raises(ValueError, match=message):
         learn_scales(layers, WinogradSpec(4), seed=0, trainer_factory=trainer_factory, **arguments)  # type: ignore[arg-type]
