@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 
-from tmpq_exp.config import Config, UserError
+from tmpq_exp.config import Config, UserError, WinogradConfig
 from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
@@ -77,11 +77,8 @@ class Experiment:
         return self.cost.layers
 
     def trainer(self, name: str, total: int, **arguments: Any) -> L.Trainer:
-        """A Trainer from the trainer group, with a progress bar of ``total`` units."""
-        trainer: L.Trainer = instantiate(self.config.trainer)(
-            callbacks=[StageProgress(name, total)], default_root_dir=self.run.path, **arguments
-        )
-        return trainer
+        """See ``stage_trainer``."""
+        return stage_trainer(self.config, self.run, name, total, **arguments)
 
     def uniform(self, timesteps: tuple[int, ...], weight_bits: int, act_bits: int) -> Candidate:
         """Direct candidate with the same bits everywhere; the softmax keeps its own unless all is float."""
@@ -131,6 +128,30 @@ class Experiment:
         )
 
 
+def stage_trainer(config: Config, run: RunDirectory, name: str, total: int, **arguments: Any) -> L.Trainer:
+    """A Trainer from the trainer group, with a progress bar of ``total`` units."""
+    trainer: L.Trainer = instantiate(config.trainer)(
+        callbacks=[StageProgress(name, total)], default_root_dir=run.path, **arguments
+    )
+    return trainer
+
+
+def single_device(config: Config) -> torch.device:
+    """The device of the trainer group.
+
+    Raises:
+        UserError: If the group has several devices.
+    """
+    trainer: L.Trainer = instantiate(config.trainer)()
+    if trainer.world_size != 1:
+        raise UserError(
+            f"trainer: candidates are scored by one process on one device, found {trainer.world_size} devices; "
+            "set trainer.devices=1"
+        )
+    device: torch.device = trainer.strategy.root_device
+    return device
+
+
 @bad_input()
 def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Callable[[Trial], None]) -> Experiment:
     """Load the float task, price it, lay out the search space and build the supernet.
@@ -140,7 +161,7 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     """
     model = instantiate(config.model)
     if not isinstance(model, DiffusionModel):
-        raise UserError(f"model: {type(model).__name__} makes no images and can only be trained (task=train)")
+        raise UserError(f"model: {type(model).__name__} makes no images; task=run needs a diffusion model")
     task = model.task()
     metric: FrechetMetric = instantiate(config.evaluation.metric)
     if metric.image_shape not in (None, task.sample_shape):
@@ -156,13 +177,7 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     ]
     act_choices = [_with_baselines(config.space.act_bits)] * len(cost)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
-    trainer: L.Trainer = instantiate(config.trainer)()
-    if trainer.world_size != 1:
-        raise UserError(
-            f"trainer: candidates are scored by one process on one device, found {trainer.world_size} devices; "
-            "set trainer.devices=1"
-        )
-    device = trainer.strategy.root_device
+    device = single_device(config)
     experiment = Experiment(config, run, task, metric, cost, space, 0, module, trials, on_trial, device)
     experiment.budget_bitops = _budget_bitops(experiment)
     experiment.quadratic(config.evaluation.reference_steps)  # what is wrong fails here rather than after the search
@@ -245,6 +260,11 @@ def examined_tiles(config: Config) -> list[int]:
 
 def winograd_spec(config: Config, m: int) -> WinogradSpec:
     """The specification that the configuration asks for, at a tile."""
-    of_config = {field.name for field in fields(config.winograd)}
+    return spec_of(config.winograd, m)
+
+
+def spec_of(winograd: WinogradConfig, m: int) -> WinogradSpec:
+    """The specification that these settings ask for, at a tile."""
+    of_config = {field.name for field in fields(winograd)}
     shared = [field.name for field in fields(WinogradSpec) if field.name in of_config]
-    return WinogradSpec(m, **{name: getattr(config.winograd, name) for name in shared})
+    return WinogradSpec(m, **{name: getattr(winograd, name) for name in shared})

@@ -1,4 +1,4 @@
-"""What the pipeline knows of a float model: a noise predictor, its schedule, its conditioning and its images."""
+"""What the tasks know of a float model: a noise predictor with its schedule and images, or a classifier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tmpq_exp.cost import LayerShape
 from tmpq_exp.diffusion.sampler import ddim_sample, initial_noise
+from tmpq_exp.trace import trace_layers
 from tmpq_exp.zoo.training import TrainingModule
 from tmpq_exp.zoo.weights import content_hash
 
@@ -146,3 +148,45 @@ class TrainableDiffusionModel(TrainableModel, DiffusionModel):
     def task(self) -> DiffusionTask:
         """The loaded network as a task."""
         return self.wrap(self.load())
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """A float classifier ready to be evaluated.
+
+    Args:
+        name: Name of the model.
+        network: In eval mode; maps normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
+        num_classes: Number of classes.
+    """
+
+    name: str
+    network: nn.Module
+    num_classes: int
+    weights_hash: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights_hash", content_hash(self.network.state_dict()))
+
+    def layers(self, image_shape: tuple[int, int, int]) -> tuple[LayerShape, ...]:
+        """Layers in the order of every allocation, for images of this shape ``(C, H, W)``."""
+        device = next(self.network.parameters()).device
+        return trace_layers(self.network, lambda network: network(torch.zeros(1, *image_shape, device=device)))
+
+
+class ClassificationModel(ABC):
+    """An option of the model group that tells classes of images apart: all that ``task=classify`` needs.
+
+    Class attributes:
+        name: Name of the model, with its depth where it has one.
+    """
+
+    name: str
+
+    @abstractmethod
+    def task(self) -> ClassificationTask:
+        """The float network with its weights.
+
+        Raises:
+            ValueError: If the checkpoint is missing, damaged or of another model.
+        """
