@@ -30,6 +30,7 @@ __all__ = [
     "WinogradWeights",
     "measure_ranges",
     "transform_weights",
+    "weight_feedback",
     "winograd_conv2d",
 ]
 
@@ -94,7 +95,7 @@ def transform_weights(
         balance = channel_balance(u.detach(), channel_ranges)
         u = u * balance[:, None, :]
     bits = spec.stage_bits("u", weight_bits)
-    u = quantize_stage(u, "u", spec, bits, _weight_feedback(matrices, spec) if "u" in spec.shaped_stages else None)
+    u = quantize_stage(u, "u", spec, bits, weight_feedback(matrices, spec) if "u" in spec.shaped_stages else None)
     if balance is not None:
         u = u / balance[:, None, :]
         balance = balance[:, :, None, None]
@@ -123,7 +124,7 @@ def channel_balance(u: Tensor, channel_ranges: Tensor | None = None) -> Tensor:
     return (t / t.amax(dim=1, keepdim=True) * (r.amax(dim=1, keepdim=True) / r)).sqrt().clamp(1e-3, 1e3)
 
 
-def _weight_feedback(matrices: WinogradMatrices, spec: WinogradSpec) -> Feedback:
+def weight_feedback(matrices: WinogradMatrices, spec: WinogradSpec) -> Feedback:
     """Feedback of U for input whose neighbouring pixels correlate as the spec assumes."""
     right = matrices.right_side
     covariance = pixel_covariance(spec.n, spec.pixel_correlation).to(matrices.B_T.device)
