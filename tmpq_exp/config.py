@@ -301,7 +301,9 @@ class ClassificationConfig:
         rows = [row.name for row in self.rows()]
         repeated = sorted({name for name in rows if rows.count(name) > 1})
         if repeated:
-            raise UserError(f"classification: rows must have different names, found {repeated[0]} more than once")
+            raise UserError(
+                f"classification.tiles, classification.further: names must differ, found {repeated[0]} more than once"
+            )
 
     def rows(self) -> list[VariantConfig]:
         """All Winograd rows: ``f{m}_{points}_{scales}``, then the further ones."""
@@ -534,7 +536,7 @@ class Config:
         _check_at_least("seed", self.seed, 0)
         if self.num_threads is not None:
             _check_at_least("num_threads", self.num_threads, 1)
-        for row in self.classification.rows():
+        for row in self.classification.further:
             self.winograd.varied(row)
 
 

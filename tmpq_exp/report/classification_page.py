@@ -43,9 +43,10 @@ def classification_html(path: str | os.PathLike[str], report: Mapping[str, Any])
 
 
 def _best(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The Winograd row of highest top-1; among equals the one that saves most."""
+    """The Winograd row of highest top-1; among equals the one that saves most, then the one of highest SQNR."""
     winograd = [entry for entry in report["classification"] if entry["m"] is not None]
-    return max(winograd, key=lambda entry: (entry["top1"], entry["multiplications_ratio"]), default=None)
+    merits = ("top1", "multiplications_ratio", "sqnr_db")
+    return max(winograd, key=lambda entry: tuple(entry[name] or 0.0 for name in merits), default=None)
 
 
 def accuracy_chart(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

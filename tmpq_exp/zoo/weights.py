@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,8 +84,19 @@ def _read_torch_file(path: Path, kind: str) -> object:
     if not path.is_file():
         raise ValueError(f"{kind}: no file at {path}; a file of weights was expected there")
     try:
-        loaded: object = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # such files are refused or fine
+            loaded: object = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:
         raise ValueError(
             f"{kind}: {path} is damaged or holds more than weights ({type(error).__name__}); only tensors are read and "
             "nothing is unpickled. Save the weights alone: torch.save(model.state_dict(), path)"
