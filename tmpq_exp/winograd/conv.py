@@ -11,7 +11,8 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,14 @@ class WinogradWeights:
     balance: Tensor | None = None
     v_feedback: Feedback | None = None
     m_feedback: Feedback | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> WinogradWeights:
+        """A copy with ``fn`` applied to every tensor."""
+        v, m = (
+            None if shaping is None else replace(shaping, C=fn(shaping.C))
+            for shaping in (self.v_feedback, self.m_feedback)
+        )
+        return WinogradWeights(fn(self.u), None if self.balance is None else fn(self.balance), v, m)
 
     @property
     def nbytes(self) -> int:
