@@ -40,7 +40,13 @@ ROWS = [
     "direct_w8a8",
     *(f"{tile}_{scales}" for tile in TILES for scales in ("standard", "closed_form", "learned")),
 ]
-FURTHER = ["f4_improved_per_layer", "f4_improved_shaped", "f6_standard_per_layer", "f6_standard_shaped"]
+SMALL = [
+    "winograd.learning.layers_per_step=6",
+    "classification.further=["
+    "{name: f4_improved_per_layer, m: 4, points: improved, scales: learned, winograd: {learning: {per_layer: true}}},"
+    "{name: f6_standard_shaped, m: 6, winograd: {shaped_stages: [u, v, m]}}]",
+]
+FURTHER = ["f4_improved_per_layer", "f6_standard_shaped"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,7 @@ def run(inputs: Path, directory: Path, *overrides: str, **changes: str) -> None:
 @pytest.fixture(scope="module")
 def done(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run") / "a"
-    run(inputs, directory)
+    run(inputs, directory, *SMALL)
     return directory
 
 
@@ -159,11 +165,11 @@ def test_every_eligible_layer_runs_as_winograd_and_all_others_at_8_bits(inputs: 
 
 def test_learning_keeps_both_figures_and_its_curve(report: dict[str, Any]) -> None:
     names = [entry["name"] for entry in report["learning"]]
-    assert names == [f"{tile}_learned" for tile in TILES] + ["f4_improved_per_layer", "f6_standard_per_layer"]
+    assert names == [f"{tile}_learned" for tile in TILES] + ["f4_improved_per_layer"]
     for entry in report["learning"]:
         held_out = entry["held_out_sqnr_db"]
         assert held_out.keys() == {"standard", "closed_form", "learned", "kept"}
-        assert len(entry["curve_db"]) == (2 if entry["name"].endswith("learned") else 2 * 9)
+        assert len(entry["curve_db"]) == (2 if entry["name"].endswith("learned") else 2 * 3)
         if entry["kept"] in ("learned", "closed_form"):
             assert held_out["kept"] == max(held_out["learned"], held_out["closed_form"])
 
@@ -183,7 +189,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(
     monkeypatch.setattr(
         module, "_measure", lambda study, row, bar: (measured.append(row.name), real(study, row, bar))[1]
     )
-    run(inputs, copy)
+    run(inputs, copy, *SMALL)
     assert measured == ["f4_improved_closed_form", "f6_standard_shaped"]
     again = json.loads((copy / "report.json").read_text(encoding="utf-8"))
     assert again["classification"] == report["classification"]
@@ -196,7 +202,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_every_row(done: Path) -
     for name in ROWS + FURTHER:
         assert page.count(f"<td>{name}</td>") == 1
         assert f"<title>{name}: " in page
-    assert page.count("steps of learning") == 6
+    assert page.count("steps of learning") == 5
 
 
 def test_a_report_that_misses_something_is_refused(report: dict[str, Any]) -> None:
@@ -230,7 +236,9 @@ def test_further_rows_take_baselines_and_scales_of_another_run(inputs: Path, don
     assert list(rows(report)) == ["float", "direct_w8a8", "per_tap", "fsq", "transferred"]
     assert report["num_images"] == 3
     assert report["learning"] == []
-    assert rows(report)["per_tap"]["sqnr_db"] > rows(report)["fsq"]["sqnr_db"] > 15
+    sqnr = {name: entry["sqnr_db"] for name, entry in rows(report).items() if entry["m"]}
+    assert min(sqnr.values()) > 12  # standard scales, which both baselines get along without, give -4 dB
+    assert sqnr["transferred"] > max(sqnr["per_tap"], sqnr["fsq"]) + 3  # by its points
 
 
 @pytest.mark.parametrize(
@@ -242,8 +250,8 @@ def test_further_rows_take_baselines_and_scales_of_another_run(inputs: Path, don
         ([], {"model.depth": "32"}, r"first missing key layer1\.3\.bn1\.bias"),
         (["model=ddpm_digits"], {"model.checkpoint": "null"}, r"DigitsDDPM is no classifier"),
         (
-            ["data=digits"],
-            dict.fromkeys(("data.root", "data.resize", "data.crop", "data.batch_size"), ""),
+            ["task=classify", "model=resnet_cifar", "data=digits", "quant=groupwise"],
+            dict.fromkeys(("experiment", "data.root", "data.resize", "data.crop", "data.batch_size"), ""),
             r"data: DigitsData has no test images for task=classify; choose data=image_folder",
         ),
         (["quant=default"], {}, r"quant\.weight\.granularity must be per_group .* choose quant=groupwise"),

@@ -253,9 +253,16 @@ def random_candidates(experiment: Experiment, count: int) -> tuple[Candidate, ..
     return search.ask()
 
 
+WINOGRAD_KERNEL = 3
+"""Kernel size of the convolutions that may run as Winograd."""
+
+
 def examined_tiles(config: Config) -> list[int]:
-    """Tiles that are examined: the reported ones and the one in use."""
-    return sorted({*config.winograd.report_tiles, *([config.winograd.tile] if config.winograd.tile else [])})
+    """Tiles that are examined: the reported ones, of those that listed points fit, and the one in use."""
+    winograd = config.winograd
+    named = isinstance(winograd.points, str)
+    reported = [m for m in winograd.report_tiles if named or len(winograd.points) == m + WINOGRAD_KERNEL - 1]
+    return sorted({*reported, *([winograd.tile] if winograd.tile else [])})
 
 
 def winograd_spec(config: Config, m: int) -> WinogradSpec:

@@ -141,20 +141,25 @@ def _learn_tile(experiment: Experiment, m: int) -> dict[str, Any]:
         scales, kept, curve = dict(result.scales), result.kept, result.curve
     reported = WinogradSpec(m, points=config.points)
     inputs = _layer_inputs(experiment, [shape.name for shape in eligible])
-    no_figures: dict[str, float | None] = dict.fromkeys(("standard", "closed_form", "learned", "kept"))
-    noise, activations = dict(no_figures), dict(no_figures)
+    figures: dict[str, dict[str, float | None]] = {
+        place: dict.fromkeys(("standard", "closed_form", "learned", "kept")) for place in ("noise", "inputs", "run")
+    }
     for kind, s in scales.items() if layers else ():
-        noise[kind] = network_sqnr_db(layers, reported, s, seed, REPORTED_BITS)
-        activations[kind] = statistics.median(
+        figures["noise"][kind] = network_sqnr_db(layers, reported, s, seed, REPORTED_BITS)
+        figures["run"][kind] = network_sqnr_db(layers, spec, s, seed, REPORTED_BITS)
+        figures["inputs"][kind] = statistics.median(
             input_sqnr_db(layer, inputs[layer.name], reported, s, REPORTED_BITS) for layer in layers
         )
+    after = {place: of_kinds.pop("kept") for place, of_kinds in figures.items()}
     return {
         "m": m,
         "points": config.points,
         "eligible_layers": [shape.name for shape in eligible],
         "ineligible_layers": [{"name": name, "reason": reason} for name, reason in reasons.items() if reason],
-        "sqnr_db": noise,
-        "sqnr_db_activations": activations,
+        "sqnr_db": figures["noise"],
+        "sqnr_db_activations": figures["inputs"],
+        "sqnr_db_configured": figures["run"],
+        "sqnr_db_kept": {"noise": after["noise"], "activations": after["inputs"], "configured": after["run"]},
         "kept": kept,
         "scales": {kind: s.to_json() for kind, s in scales.items()},
         "curve_db": list(curve),

@@ -19,6 +19,7 @@ from tmpq_exp.quant.primitives import fake_quantize, integer_range
 from tmpq_exp.quant.quantizer import ActQuantizer, Quantizer
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
 from tmpq_exp.winograd.matrices import NetworkMatrices
+from tmpq_exp.winograd.transform import closed_form_scales, standard_scales
 
 BITS = (8, 5, 4)
 CAP = 2**20
@@ -105,6 +106,26 @@ def test_linear(granularity: Granularity) -> None:
     weight = by_hand(quantizer, linear.weight.reshape(rows.shape), 4).view_as(linear.weight)
     expected = F.linear(by_hand(layer.act_quantizer, x.reshape(1, -1), 5).view_as(x), weight, linear.bias)
     assert torch.equal(layer(x), expected)
+
+
+@torch.no_grad()
+def test_a_layer_takes_the_scales_of_its_name() -> None:
+    conv, x, spec = nn.Conv2d(4, 6, 3, padding=1), random(2, 4, 12, 12), WinogradSpec(4)
+    closed, standard = (
+        WinogradMatrices.from_scales(spec.transform(), scales(spec.transform()))
+        for scales in (closed_form_scales, standard_scales)
+    )
+    results = []
+    for matrices in (
+        NetworkMatrices(closed, {"conv": standard, "other": closed}),
+        NetworkMatrices(standard),
+        NetworkMatrices(closed, {"other": standard}),
+    ):
+        layer = quant_conv(conv, x, winograd={4: (spec, matrices)})
+        layer.setting = LayerSetting(8, 8, 4)
+        results.append(layer(x))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize(

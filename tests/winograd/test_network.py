@@ -123,6 +123,18 @@ def test_measured_ranges_make_scales_static() -> None:
     assert float(layer(100 * x).abs().max()) > 50 * float(float_network[0](x).abs().max())
 
 
+@torch.no_grad()
+def test_a_network_moves_as_a_whole() -> None:
+    float_network, x = network().double(), images().double()
+    spec = WinogradSpec(4, shaped_stages=("u", "v", "m"))
+    converted = quantize_convolutions(float_network.float(), spec).network
+    with measuring_ranges(converted):
+        converted(x.float())
+    y = converted.double()(x)
+    assert y.dtype == torch.float64
+    assert sqnr_db(float_network.double()(x), y) > 15
+
+
 def test_an_ineligible_layer_is_refused_by_name() -> None:
     conv = nn.Conv2d(4, 4, 3, stride=2)
     spec = WinogradSpec(4)

@@ -16,6 +16,10 @@ _DODGE = 9.0
 """Distance in the drawing of marks that cost the same."""
 
 
+_SHOWN_POINTS = 12.0
+"""Percentage points below the highest top-1 that the chart shows to scale."""
+
+
 def classification_html(path: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
     """Write the report of a comparison as one self-contained HTML file.
 
@@ -43,20 +47,31 @@ def classification_html(path: str | os.PathLike[str], report: Mapping[str, Any])
 
 
 def _best(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The Winograd row of highest top-1; among equals the one that saves most, then the one of highest SQNR."""
+    """The Winograd row that saves most of those inside float's interval, among equals that of the highest SQNR.
+
+    Where none is inside, that of the highest top-1. The highest top-1 alone would pick by luck.
+    """
     winograd = [entry for entry in report["classification"] if entry["m"] is not None]
-    merits = ("top1", "multiplications_ratio", "sqnr_db")
-    return max(winograd, key=lambda entry: tuple(entry[name] or 0.0 for name in merits), default=None)
+    floor = next(entry["top1_interval"][0] for entry in report["classification"] if entry["name"] == "float")
+    inside = [entry for entry in winograd if entry["top1"] >= floor]
+    if not inside:
+        best = max(winograd, key=lambda entry: float(entry["top1"]), default=None)
+    else:
+        best = max(inside, key=lambda entry: (entry["multiplications_ratio"], entry["sqnr_db"] or 0.0))
+    return None if best is None else {**best, "lost": points_lost(report, best), "is_inside": bool(inside)}
 
 
 def accuracy_chart(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Top-1 with its interval against how many times fewer multiplications a row takes.
 
-    Rows that cost the same stand side by side around their cost.
+    Rows that cost the same stand side by side around their cost. Rows far below float, which would press all others
+    together, are arrows at the lower edge with their value.
     """
+    lowest = max(entry["top1"] for entry in entries) - _SHOWN_POINTS
     ratios = [entry["multiplications_ratio"] for entry in entries]
     x = Axis.around(ratios, LEFT + 20, RIGHT - 20)
-    y = Axis.around([value for entry in entries for value in entry["top1_interval"]], BOTTOM, TOP)
+    shown = [entry for entry in entries if entry["top1"] >= lowest]
+    y = Axis.around([value for entry in shown for value in entry["top1_interval"]], BOTTOM, TOP)
     y = Axis(max(0.0, y.low), min(100.0, y.high), y.start, y.end)
     marks = []
     for entry, ratio in zip(entries, ratios, strict=True):
@@ -66,7 +81,8 @@ def accuracy_chart(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         marks.append(
             {
                 "x": round(x.at(ratio) + offset, 1),
-                "y": y.at(entry["top1"]),
+                "y": y.at(entry["top1"]) if entry["top1"] >= lowest else BOTTOM - 8,
+                "below": None if entry["top1"] >= lowest else f"{entry['top1']:.1f}",
                 "low": y.at(max(low, y.low)),
                 "high": y.at(min(high, y.high)),
                 "kind": _kind(entry),

@@ -11,7 +11,8 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,14 @@ class WinogradWeights:
     v_feedback: Feedback | None = None
     m_feedback: Feedback | None = None
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> WinogradWeights:
+        """A copy with ``fn`` applied to every tensor."""
+        v, m = (
+            None if shaping is None else replace(shaping, C=fn(shaping.C))
+            for shaping in (self.v_feedback, self.m_feedback)
+        )
+        return WinogradWeights(fn(self.u), None if self.balance is None else fn(self.balance), v, m)
+
     @property
     def nbytes(self) -> int:
         """Bytes that its tensors take."""
@@ -100,8 +109,8 @@ def transform_weights(
         u = u / balance[:, None, :]
         balance = balance[:, :, None, None]
     v_feedback = _input_feedback(matrices, weight) if "v" in spec.shaped_stages else None
-    error = output_error(matrices.A_T, matrices.right_side.A_T)
-    return WinogradWeights(u, balance, v_feedback, feedback(error) if "m" in spec.shaped_stages else None)
+    m_feedback = feedback(_output_error(matrices)) if "m" in spec.shaped_stages else None
+    return WinogradWeights(u, balance, v_feedback, m_feedback)
 
 
 def channel_balance(u: Tensor, channel_ranges: Tensor | None = None) -> Tensor:
@@ -129,7 +138,7 @@ def weight_feedback(matrices: WinogradMatrices, spec: WinogradSpec) -> Feedback:
     right = matrices.right_side
     covariance = pixel_covariance(spec.n, spec.pixel_correlation).to(matrices.B_T.device)
     inputs = tap_covariance(matrices.B_T.detach(), right.B_T.detach(), covariance)
-    return feedback(output_error(matrices.A_T.detach(), right.A_T.detach()) * inputs)
+    return feedback(_output_error(matrices) * inputs)
 
 
 def _input_feedback(matrices: WinogradMatrices, weight: Tensor) -> Feedback:
@@ -137,7 +146,11 @@ def _input_feedback(matrices: WinogradMatrices, weight: Tensor) -> Feedback:
     right = matrices.right_side
     rows = weight.detach().double().flatten(2).flatten(0, 1)
     taps = tap_covariance(matrices.G.detach(), right.G.detach(), rows.t() @ rows / len(rows))
-    return feedback(output_error(matrices.A_T.detach(), right.A_T.detach()) * taps)
+    return feedback(_output_error(matrices) * taps)
+
+
+def _output_error(matrices: WinogradMatrices) -> Tensor:
+    return output_error(matrices.A_T.detach(), matrices.right_side.A_T.detach())
 
 
 def winograd_conv2d(

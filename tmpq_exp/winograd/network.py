@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +141,13 @@ class QuantizedWinograd(nn.Module):
             self.weights = transform_weights(conv.weight, self.matrices, spec, weight_bits)
         self.ranges: StaticRanges | None = None
         self.measuring = False
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedWinograd:
+        """Move, as ``to`` does, and take along what is no parameter or buffer."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.matrices, self.weights = self.matrices.map(fn), self.weights.map(fn)
+        self.ranges = None if self.ranges is None else self.ranges.map(fn)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W) -> (B, K, H', W')``."""

@@ -5,7 +5,7 @@ Shapes as in ``winograd.conv``: x (B, C, H, W), V (taps, C, B, tiles), U (taps, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,10 @@ class StaticRanges:
     input: Tensor
     v: Tensor
     m: Tensor
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> StaticRanges:
+        """A copy with ``fn`` applied to every tensor."""
+        return StaticRanges(fn(self.input), fn(self.v), fn(self.m))
 
     def union(self, other: StaticRanges) -> StaticRanges:
         """Ranges that cover both."""
