@@ -86,6 +86,7 @@ ORDER = (
     "results",
     "train",
     "pipeline",
+    "classification",
     "classify",
     # (6) the doors: the package's public names, and the command line
     "",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,16 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tmpq_exp import classify as module
+from tmpq_exp import classification
 from tmpq_exp.__main__ import conf_dir
-from tmpq_exp.classify import BITS, Row, allocation, classify
+from tmpq_exp.classification import BITS, Row, Study, allocation
+from tmpq_exp.classify import classify
 from tmpq_exp.config import UserError, register_schema, to_config
 from tmpq_exp.cost import CostModel
 from tmpq_exp.data import ImageFolderData
 from tmpq_exp.metrics.accuracy import count_correct
 from tmpq_exp.overrides import explain, is_bad_input
+from tmpq_exp.progress import StageBar
 from tmpq_exp.report.classification import (
     CLASSIFICATION_ENTRY_KEYS,
     CLASSIFICATION_REPORT_KEYS,
@@ -185,10 +190,13 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(
     for name in ("report.json", "report.html"):
         (copy / name).unlink()
     measured: list[str] = []
-    real = module._measure
-    monkeypatch.setattr(
-        module, "_measure", lambda study, row, bar: (measured.append(row.name), real(study, row, bar))[1]
-    )
+    real = classification._measure
+
+    def counted(study: Study, row: Row, bar: StageBar) -> dict[str, Any]:
+        measured.append(row.name)
+        return real(study, row, bar)
+
+    monkeypatch.setattr(classification, "_measure", counted)
     run(inputs, copy, *SMALL)
     assert measured == ["f4_improved_closed_form", "f6_standard_shaped"]
     again = json.loads((copy / "report.json").read_text(encoding="utf-8"))
@@ -271,3 +279,28 @@ def test_bad_input_is_named(
         run(inputs, tmp_path / "run", *overrides, **{k: v.format(inputs=inputs) for k, v in changes.items()})
     assert is_bad_input(caught.value)
     assert re.search(said, explain(caught.value, [], conf_dir()))
+
+
+@pytest.mark.slow
+def test_the_command(inputs: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "tmpq_exp", "experiment=winograd/resnet_cifar", "model.depth=20", "logger=none"),
+        *(f"model.checkpoint={inputs}/r20.th", f"data.root={inputs}/images", "data.limit=6"),
+        *("winograd.learning.num_steps=1", f"hydra.run.dir={tmp_path / 'run'}"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(classification.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    assert report["num_images"] == 6
+    assert set(ROWS) < rows(report).keys()
+    for name in rows(report):
+        assert len(re.findall(rf"^ {name} ", done.stdout, re.MULTILINE)) == 1
+    assert "Traceback" not in done.stderr
+    (tmp_path / "bad.th").write_bytes(b"no weights")
+    command[6] = f"model.checkpoint={tmp_path}/bad.th"
+    done = subprocess.run(command[:-1], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tmpq-exp: checkpoint of model resnet_cifar20: ")
+    assert "only tensors are read and nothing is unpickled" in line
