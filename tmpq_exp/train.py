@@ -67,9 +67,9 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     device = trainer.strategy.root_device
     network = module.trained_network().to(device)
     dtype = getattr(torch, model.weights_dtype)
-    network.to(dtype).float()  # from here on it is what is shipped
     state = network.state_dict()
-    weights = {key: v.to(dtype) if v.is_floating_point() else v for key, v in state.items()}
+    weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    network.load_state_dict(weights)  # from here on it is what is shipped
     write_tensors(run.weights, weights, {"model": model.name, "seed": str(config.seed)})
     facts = {
         "data": data.description,
