@@ -266,6 +266,9 @@ class EvaluationConfig:
         num_images: Images for the baselines and the winner, at least 2.
         num_finalists: Best candidates of the search that are scored again on a third set of seeds to choose the
             winner.
+        selection_images: Images for that, at least 2; null: as many as ``num_images``.
+        baseline_bits: Uniform bit widths to compare with; 8 and 6 are always among them.
+        baseline_spacings: Schedules of those, ``quadratic`` always among them, beside ``leading`` and ``trailing``.
         reference_steps: Steps of the float reference.
         micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads.
         bootstrap: Resamples behind the intervals over images, 0 for none.
@@ -278,6 +281,9 @@ class EvaluationConfig:
     metric: Any = MISSING
     num_images: int = 512
     num_finalists: int = 4
+    selection_images: int | None = None
+    baseline_bits: list[int] = field(default_factory=lambda: [8, 6])
+    baseline_spacings: list[str] = field(default_factory=lambda: ["quadratic"])
     reference_steps: int = 50
     micro_batch: int = 64
     bootstrap: int = 100
@@ -290,6 +296,17 @@ class EvaluationConfig:
         _check_at_least("evaluation.num_finalists", self.num_finalists, 1)
         _check_at_least("evaluation.reference_steps", self.reference_steps, 1)
         _check_at_least("evaluation.micro_batch", self.micro_batch, 1)
+        if self.selection_images is not None:
+            _check_at_least("evaluation.selection_images", self.selection_images, 2)
+        _check_bit_choices("evaluation.baseline_bits", self.baseline_bits)
+        if not {8, 6} <= set(self.baseline_bits):
+            raise UserError(f"evaluation.baseline_bits must hold 8 and 6, found {self.baseline_bits}")
+        spacings = ("quadratic", "leading", "trailing")
+        if "quadratic" not in self.baseline_spacings or not set(self.baseline_spacings) <= set(spacings):
+            raise UserError(
+                "evaluation.baseline_spacings must hold quadratic, and leading or trailing beside it, "
+                f"found {self.baseline_spacings}"
+            )
         for name in ("bootstrap", "noise_seeds", "ranked_candidates"):
             _check_at_least(f"evaluation.{name}", getattr(self, name), 0)
         if self.bootstrap == 1:
@@ -349,6 +366,8 @@ class Config:
         reuse: Run directories whose evaluations are taken over where protocol and quantizers are the same, as they
             are when only the budget or the search differ.
         seed: Seed of every random stream, at least 0.
+        search_seed: Seed of what the search draws and of the images it scores; null: as ``seed``. Runs that differ in
+            it alone share calibration, selection and final images.
         num_threads: CPU threads of torch; null leaves torch's choice.
     """
 
@@ -370,10 +389,13 @@ class Config:
     paths: PathsConfig = field(default_factory=PathsConfig)
     reuse: list[str] = field(default_factory=list)
     seed: int = 0
+    search_seed: int | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
         _check_at_least("seed", self.seed, 0)
+        if self.search_seed is not None:
+            _check_at_least("search_seed", self.search_seed, 0)
         if self.num_threads is not None:
             _check_at_least("num_threads", self.num_threads, 1)
 

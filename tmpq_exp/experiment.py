@@ -35,9 +35,6 @@ from tmpq_exp.winograd.transform import WinogradScales
 from tmpq_exp.zoo.task import DiffusionModel, DiffusionTask
 from tmpq_exp.zoo.weights import content_hash
 
-BASELINE_BITS = (8, 6)
-"""Uniform bit widths that every report compares with."""
-
 
 @dataclass
 class Experiment:
@@ -91,30 +88,50 @@ class Experiment:
             timesteps, (Allocation(tuple(weights), (act_bits,) * num_layers, (DIRECT_TILE,) * num_layers),)
         )
 
+    def schedule(self, num_steps: int, spacing: TimestepSpacing) -> tuple[int, ...]:
+        """Schedule of this length and spacing."""
+        return spaced_timesteps(self.task.num_train_timesteps, num_steps, spacing)
+
     def quadratic(self, num_steps: int) -> tuple[int, ...]:
         """Quadratic schedule of this length."""
-        return spaced_timesteps(self.task.num_train_timesteps, num_steps, TimestepSpacing.QUADRATIC)
+        return self.schedule(num_steps, TimestepSpacing.QUADRATIC)
+
+    @property
+    def search_seed(self) -> int:
+        """Seed of what the search draws and of the images it scores."""
+        return self.config.seed if self.config.search_seed is None else self.config.search_seed
 
     def baselines(self) -> dict[str, Candidate]:
-        """Named baselines: the float reference, and float and uniform bits at K quadratic steps."""
+        """Named baselines: the float reference, float at K quadratic steps, and uniform bits at K steps.
+
+        Schedules that coincide stand once, under their first name.
+        """
+        config = self.config.evaluation
         steps = self.quadratic(self.config.space.num_inference_steps)
-        reference = self.quadratic(self.config.evaluation.reference_steps)
+        reference = self.quadratic(config.reference_steps)
         named = {
             "float_reference": self.uniform(reference, FLOAT_BITS, FLOAT_BITS),
             "float_k": self.uniform(steps, FLOAT_BITS, FLOAT_BITS),
         }
-        return named | {f"w{bits}a{bits}": self.uniform(steps, bits, bits) for bits in BASELINE_BITS}
+        for bits in config.baseline_bits:
+            named[f"w{bits}a{bits}"] = self.uniform(steps, bits, bits)
+            for spacing in config.baseline_spacings:
+                other = self.uniform(self.schedule(len(steps), TimestepSpacing(spacing)), bits, bits)
+                if other not in named.values():
+                    named[f"w{bits}a{bits}_{spacing}"] = other
+        return named
 
     def objective(self, stream: str, num_images: int, **arguments: Any) -> Objective:
         """Objective on the image stream of this name; a Trainer's stage may have left the supernet on the CPU.
 
         Args:
-            stream: Name of the image stream.
+            stream: Name of the image stream; that of ``search`` follows the search's seed.
             num_images: Images a candidate.
             arguments: Further ones of ``Objective``.
         """
         self.module.to(self.device)
-        protocol = Protocol(num_images, stream_seed(self.config.seed, stream), self.config.evaluation.micro_batch)
+        seed = self.search_seed if stream == "search" else self.config.seed
+        protocol = Protocol(num_images, stream_seed(seed, stream), self.config.evaluation.micro_batch)
         state = content_hash(self.module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
         return Objective(
@@ -149,11 +166,12 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
         )
     cost = CostModel(task_layers(task))
     space = _search_space(config, task.num_train_timesteps, cost.layers)
-    weight_choices = [
-        (config.quant.softmax_bits,) if isinstance(shape, AttentionShape) else _with_baselines(config.space.weight_bits)
-        for shape in cost.layers
-    ]
-    act_choices = [_with_baselines(config.space.act_bits)] * len(cost)
+    weight_bits, act_bits = (
+        _with_baselines(config, bits) for bits in (config.space.weight_bits, config.space.act_bits)
+    )
+    softmax = (config.quant.softmax_bits,)
+    weight_choices = [softmax if isinstance(shape, AttentionShape) else weight_bits for shape in cost.layers]
+    act_choices = [act_bits] * len(cost)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
     trainer: L.Trainer = instantiate(config.trainer)()
     if trainer.world_size != 1:
@@ -171,8 +189,8 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     return experiment
 
 
-def _with_baselines(choices: list[int]) -> tuple[int, ...]:
-    return tuple(sorted({*choices, *BASELINE_BITS}, reverse=True))
+def _with_baselines(config: Config, choices: list[int]) -> tuple[int, ...]:
+    return tuple(sorted({*choices, *config.evaluation.baseline_bits}, reverse=True))
 
 
 def _search_space(config: Config, num_train_timesteps: int, layers: tuple[LayerShape, ...]) -> SearchSpace:
@@ -212,7 +230,7 @@ def make_search(experiment: Experiment) -> EvolutionSearch:
         space,
         experiment.cost,
         experiment.budget_bitops,
-        seed=stream_seed(config.seed, "evolution"),
+        seed=stream_seed(experiment.search_seed, "evolution"),
         seed_candidates=tuple(seeds),
     )
     return search
@@ -229,7 +247,7 @@ def random_candidates(experiment: Experiment, count: int) -> tuple[Candidate, ..
         num_mutants=0,
         num_crossovers=0,
         num_generations=1,
-        seed=stream_seed(experiment.config.seed, "random search"),
+        seed=stream_seed(experiment.search_seed, "random search"),
         sample_from="highest",
     )
     return search.ask()

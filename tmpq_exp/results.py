@@ -166,13 +166,12 @@ def _budget_name(experiment: Experiment) -> str:
 def sample_rows(experiment: Experiment, winner: Candidate, seed: int) -> list[tuple[str, Tensor]]:
     """Labelled rows of images at the same final seeds: every baseline, and the best found."""
     config = experiment.config
+    baselines = experiment.baselines()
     names = {
         "float_reference": f"float, {config.evaluation.reference_steps} steps",
         "float_k": f"float, {config.space.num_inference_steps} steps",
-        "w8a8": "W8A8",
-        "w6a6": "W6A6",
-    }
-    rows = {names[name]: candidate for name, candidate in experiment.baselines().items()} | {"best found": winner}
+    } | {f"w{bits}a{bits}": f"W{bits}A{bits}" for bits in config.evaluation.baseline_bits}
+    rows = {label: baselines[name] for name, label in names.items()} | {"best found": winner}
     indices = range(min(SAMPLE_COLUMNS, config.evaluation.num_images))
     return [(label, experiment.module.images(candidate, indices, seed).cpu()) for label, candidate in rows.items()]
 

@@ -197,7 +197,7 @@ def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
         raise UserError("every candidate of the search failed; trials.jsonl says why under 'error'")
     if len(finalists) == 1:
         return finalists[0]
-    objective = experiment.objective("selection", experiment.config.evaluation.num_images)
+    objective = experiment.objective("selection", _selection_images(experiment))
     with _timed(experiment, "select"), StageBar("select", len(finalists)) as bar:
         trials = []
         for candidate in finalists:
@@ -205,6 +205,11 @@ def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
             bar.advance()
     best = min(range(len(finalists)), key=lambda i: trials[i].score(experiment.metric.name))
     return finalists[best]
+
+
+def _selection_images(experiment: Experiment) -> int:
+    config = experiment.config.evaluation
+    return config.num_images if config.selection_images is None else config.selection_images
 
 
 def evaluate(experiment: Experiment, winner: Candidate) -> tuple[dict[str, Trial], Objective]:
@@ -298,7 +303,7 @@ def _score_again(experiment: Experiment, algorithm: EvolutionSearch) -> dict[str
     config = experiment.config.evaluation
     ranked = {scored.candidate.key(): scored.candidate for scored in algorithm.top(10**9)}
     chosen = evenly_spread(list(ranked), config.ranked_candidates)
-    objective = experiment.objective("selection", config.num_images)
+    objective = experiment.objective("selection", _selection_images(experiment))
     scores = {}
     with StageBar("check of the ranking", len(chosen)) as bar:
         for key in chosen:

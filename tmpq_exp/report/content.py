@@ -86,6 +86,9 @@ EVIDENCE_KEYS: Mapping[str, str] = {
 BASELINE_NAMES = ("float_reference", "float_k", "w8a8", "w6a6")
 """Baselines that every report has, in the order of the table."""
 
+SPACINGS = ("leading", "trailing")
+"""Schedules of further baselines, in their names behind the bits; the others are quadratic."""
+
 _HIGHER_IS_BETTER = ("psnr", "ssim", "clip", "inception_score", "accuracy", "sqnr")
 
 
@@ -200,7 +203,8 @@ def entry_label(entry: Mapping[str, Any], *, is_best: bool = False) -> str:
         return "Best found"
     if str(entry["name"]).startswith("float"):
         return f"Float, {len(entry['timesteps'])} steps"
-    return str(entry["bits"]["label"])
+    _, _, spacing = str(entry["name"]).partition("_")
+    return f"{entry['bits']['label']}, {spacing}" if spacing in SPACINGS else str(entry["bits"]["label"])
 
 
 def table_rows(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
