@@ -18,11 +18,11 @@ ORDER = (
     "files",
     "seeding",
     "progress",
-    # (1) configuration, exact algebra, timestep sequences, pure functions
-    "config",
-    "overrides",
+    # (1) what a candidate is, configuration, exact algebra, timestep sequences, pure functions
     "quant",
     "quant.allocation",
+    "config",
+    "overrides",
     "quant.primitives",
     "winograd",
     "winograd.transform",
@@ -34,6 +34,8 @@ ORDER = (
     "quant.layers",
     "diffusion.sampler",
     "cost",
+    "release_scale",
+    "attention",
     "trace",
     # (3) float tasks, data, metrics, the supernet and what is fitted to it
     "data",
@@ -42,6 +44,8 @@ ORDER = (
     "zoo.training",
     "zoo.task",
     "zoo.digits",
+    "zoo.compvis",
+    "zoo.architecture",
     "metrics",
     "metrics.fidelity",
     "metrics.frechet",
@@ -69,6 +73,7 @@ ORDER = (
     "stages",
     "results",
     "train",
+    "pricing",
     "pipeline",
     # (6) the doors: the package's public names, and the command line
     "",

@@ -40,7 +40,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     torch.manual_seed(stream_seed(config.seed, "train"))
     model = instantiate(config.model)
     if not isinstance(model, TrainableModel):
-        raise UserError(f"model: {type(model).__name__} has no training recipe here")
+        raise UserError(f"model: {getattr(model, 'name', type(model).__name__)} has no training recipe here")
     data: ImageData = instantiate(config.data)
     module = model.training_module()
     num_steps = module.recipe.num_steps
