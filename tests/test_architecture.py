@@ -162,3 +162,14 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_costs_are_counted_without_lightning_and_diffusers() -> None:
+    script = """
+import sys
+import tmpq_exp.pricing, tmpq_exp.zoo.architecture, tmpq_exp.zoo.compvis
+heavy = {"lightning", "diffusers", "transformers", "wandb", "matplotlib", "sklearn"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -121,6 +121,11 @@ class ConvShape:
         return _bytes(self.tile_size(tile) ** 2 * self.in_channels * self.out_channels, weight_bits)
 
 
+def is_eligible(shape: ConvShape) -> bool:
+    """Whether a convolution can be computed with F(m, 3)."""
+    return ineligible_reason(shape.kernel_size, shape.stride, shape.dilation, shape.groups) is None
+
+
 class _DirectOnly(ABC):
     """Costs of a layer that knows no tiles."""
 

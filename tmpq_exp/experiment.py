@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 
 from tmpq_exp.config import Config, UserError
-from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape
+from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, is_eligible
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
     TimestepSpacing,
@@ -22,7 +22,7 @@ from tmpq_exp.diffusion.schedule import (
 from tmpq_exp.metrics.frechet import FrechetMetric
 from tmpq_exp.progress import StageProgress
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
-from tmpq_exp.quant.supernet import SupernetModule, is_eligible
+from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import RunDirectory, bad_input, digest
 from tmpq_exp.search.evolution import EvolutionSearch
 from tmpq_exp.search.objective import Objective, Protocol

@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tmpq_exp.config import Config, UserError
-from tmpq_exp.cost import ConvShape, CostModel, LayerShape
+from tmpq_exp.cost import ConvShape, CostModel, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
-from tmpq_exp.quant.supernet import is_eligible
 from tmpq_exp.release_scale import release_bitops, release_macs
 from tmpq_exp.rundir import RunDirectory, bad_input, write_json, writing
 from tmpq_exp.zoo.task import CostedModel, TrainableModel

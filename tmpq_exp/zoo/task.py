@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from tmpq_exp.cost import LayerShape
 from tmpq_exp.diffusion.sampler import ddim_sample, initial_noise
 from tmpq_exp.trace import trace_layers
-from tmpq_exp.zoo.training import TrainingModule
 from tmpq_exp.zoo.weights import content_hash
+
+if TYPE_CHECKING:
+    from tmpq_exp.zoo.training import TrainingModule  # Lightning takes seconds to import, and costs need none
 
 
 @dataclass(frozen=True)
