@@ -156,6 +156,9 @@ BAD_VALUES = [
     ("budget.weight_bits", "1", "2..16"),
     ("budget.act_bits", "17", "2..16"),
     ("budget.bitops", "0", "at least 1"),
+    ("cost.weight_bits", "1", "2..16 or 32 (float)"),
+    ("cost.act_bits", "31", "2..16 or 32 (float)"),
+    ("cost.scale", "paper", "exact or release"),
     ("objective.num_images", "1", "at least 2"),
     ("evaluation.num_images", "1", "at least 2"),
     ("evaluation.num_finalists", "0", "at least 1"),
@@ -211,6 +214,11 @@ def test_smoke_leaves_random_search_random() -> None:
 def test_an_added_key_that_nothing_reads_is_refused(key: str) -> None:
     with pytest.raises(UserError, match=f"{key}: no such key"):
         checked(f"+{key}=1")
+
+
+def test_the_releases_scale_knows_no_tiles() -> None:
+    with pytest.raises(UserError, match=r"winograd\.tile must be 0 under cost\.scale=release, found 4"):
+        checked("cost.scale=release", "winograd=f4")
 
 
 def test_a_budget_of_its_own_needs_its_number() -> None:

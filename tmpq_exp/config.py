@@ -9,6 +9,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from tmpq_exp.quant.allocation import FLOAT_BITS
+
 MIN_BITS, MAX_BITS = 2, 16
 
 
@@ -21,9 +23,10 @@ def _check_at_least(name: str, value: float, low: float) -> None:
         raise UserError(f"{name} must be at least {low}, found {value}")
 
 
-def _check_bits(name: str, bits: int) -> None:
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise UserError(f"{name} must be in {MIN_BITS}..{MAX_BITS}, found {bits}")
+def _check_bits(name: str, bits: int, *, or_float: bool = False) -> None:
+    if not MIN_BITS <= bits <= MAX_BITS and not (or_float and bits == FLOAT_BITS):
+        accepted = f"{MIN_BITS}..{MAX_BITS}" + (f" or {FLOAT_BITS} (float)" if or_float else "")
+        raise UserError(f"{name} must be in {accepted}, found {bits}")
 
 
 def _check_bit_choices(name: str, choices: list[int]) -> None:
@@ -228,6 +231,26 @@ class BudgetConfig:
 
 
 @dataclass
+class CostConfig:
+    """What ``task=cost`` counts; ``quant.softmax_bits``, ``winograd.tile`` and ``space.num_inference_steps`` count too.
+
+    Args:
+        weight_bits, act_bits: Uniform bits of all layers; 32 is float.
+        scale: ``exact``; or ``release``, which adds what the TMPQ-DM authors' code counts.
+    """
+
+    weight_bits: int = 6
+    act_bits: int = 6
+    scale: str = "exact"
+
+    def __post_init__(self) -> None:
+        _check_bits("cost.weight_bits", self.weight_bits, or_float=True)
+        _check_bits("cost.act_bits", self.act_bits, or_float=True)
+        if self.scale not in ("exact", "release"):
+            raise UserError(f"cost.scale must be exact or release, found {self.scale!r}")
+
+
+@dataclass
 class ObjectiveConfig:
     """How the search scores a candidate.
 
@@ -356,7 +379,7 @@ class Config:
     """Everything a job is told; the groups of ``conf/`` fill it.
 
     Args:
-        task: What to do, a partial ``_target_``: ``run`` or ``train``.
+        task: What to do, a partial ``_target_``: ``run``, ``train`` or ``cost``.
         tier: ``full`` or ``smoke``; only its name is kept.
         executor: Who scores candidates: ``local``.
         model: The float model, a ``_target_``.
@@ -381,6 +404,7 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     space: SpaceConfig = field(default_factory=SpaceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     search: Any = MISSING
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -398,6 +422,8 @@ class Config:
             _check_at_least("search_seed", self.search_seed, 0)
         if self.num_threads is not None:
             _check_at_least("num_threads", self.num_threads, 1)
+        if self.cost.scale == "release" and self.winograd.tile != 0:
+            raise UserError(f"winograd.tile must be 0 under cost.scale=release, found {self.winograd.tile}")
 
 
 def register_schema() -> None:

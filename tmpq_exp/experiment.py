@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 
 from tmpq_exp.config import Config, UserError
-from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape
+from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, is_eligible
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
     TimestepSpacing,
@@ -21,9 +21,8 @@ from tmpq_exp.diffusion.schedule import (
 )
 from tmpq_exp.metrics.frechet import FrechetMetric
 from tmpq_exp.progress import StageProgress
-from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
-from tmpq_exp.quant.supernet import SupernetModule, is_eligible
-from tmpq_exp.recipe import task_layers
+from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
+from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import RunDirectory, bad_input, digest
 from tmpq_exp.search.evolution import EvolutionSearch
 from tmpq_exp.search.objective import Objective, Protocol
@@ -32,7 +31,7 @@ from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import WinogradScales
-from tmpq_exp.zoo.task import DiffusionModel, DiffusionTask
+from tmpq_exp.zoo.task import CostedModel, DiffusionModel, DiffusionTask, TrainableModel, task_layers
 from tmpq_exp.zoo.weights import content_hash
 
 
@@ -81,12 +80,7 @@ class Experiment:
 
     def uniform(self, timesteps: tuple[int, ...], weight_bits: int, act_bits: int) -> Candidate:
         """Direct candidate with the same bits everywhere; the softmax keeps its own unless all is float."""
-        softmax = FLOAT_BITS if weight_bits == FLOAT_BITS else self.config.quant.softmax_bits
-        weights = (softmax if isinstance(shape, AttentionShape) else weight_bits for shape in self.layers)
-        num_layers = len(self.layers)
-        return Candidate(
-            timesteps, (Allocation(tuple(weights), (act_bits,) * num_layers, (DIRECT_TILE,) * num_layers),)
-        )
+        return Candidate(timesteps, (self.cost.uniform(weight_bits, act_bits, self.config.quant.softmax_bits),))
 
     def schedule(self, num_steps: int, spacing: TimestepSpacing) -> tuple[int, ...]:
         """Schedule of this length and spacing."""
@@ -156,7 +150,7 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     """
     model = instantiate(config.model)
     if not isinstance(model, DiffusionModel):
-        raise UserError(f"model: {type(model).__name__} makes no images and can only be trained (task=train)")
+        raise UserError(f"model: {_what_it_is_for(model)}")
     task = model.task()
     metric: FrechetMetric = instantiate(config.evaluation.metric)
     if metric.image_shape not in (None, task.sample_shape):
@@ -187,6 +181,15 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
         winograd_spec(config, m)
     make_search(experiment)
     return experiment
+
+
+def _what_it_is_for(model: Any) -> str:
+    """Why a model of the model group makes no images, and which tasks it is there for."""
+    if isinstance(model, TrainableModel):
+        return f"{model.name} makes no images and can only be trained (task=train)"
+    if isinstance(model, CostedModel):
+        return f"{model.name} is an architecture without weights; it is there for task=cost only"
+    return f"{type(model).__name__} makes no images; task=run needs a DiffusionModel"
 
 
 def _with_baselines(config: Config, choices: list[int]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tmpq_exp.config import Config
 from tmpq_exp.experiment import prepare
+from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.recipe import apply_recipe, write_recipe
 from tmpq_exp.report import pareto_png, report_html, samples_png, summary_table, write_report_json
@@ -31,6 +32,7 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
     Raises:
         ValueError: If the input is bad; nothing that was recorded before is lost.
     """
+    quiet_lightning()
     with writing(Path(config.paths.run_dir)):
         directory = RunDirectory.claim(Path(config.paths.run_dir), resolved)
         trials = TrialLog(directory.trials, [Path(path) for path in config.reuse])

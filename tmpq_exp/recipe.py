@@ -18,18 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from tmpq_exp.config import QuantConfig, QuantizerConfig
-from tmpq_exp.cost import LayerShape
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
 from tmpq_exp.quant.primitives import integer_range
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import write_json
-from tmpq_exp.trace import trace_layers
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import WinogradScales
 from tmpq_exp.zoo.cifar import CifarDDPM
 from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.embedded import EmbeddedDDPM
-from tmpq_exp.zoo.task import DiffusionTask
+from tmpq_exp.zoo.task import DiffusionTask, task_layers
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 RECIPE_SCHEMA = 1
@@ -76,18 +74,6 @@ class CompressedModel:
         starts = range(first_index, first_index + num_images, self.micro_batch)
         batches = (range(start, start + self.micro_batch) for start in starts)  # always whole ones: see micro_batch
         return torch.cat([self.module.images(self.candidate, b, seed).cpu() for b in batches])[:num_images]
-
-
-def task_layers(task: DiffusionTask) -> tuple[LayerShape, ...]:
-    """Layers of a task's U-Net, in the order of every allocation."""
-    device = next(task.unet.parameters()).device
-    conditioning = {key: value.to(device) for key, value in task.conditioning([0]).items()}
-
-    def run_forward(network: nn.Module) -> Any:
-        x = torch.zeros(1, *task.sample_shape, device=device)
-        return network(x, torch.zeros(1, dtype=torch.long, device=device), **conditioning)
-
-    return trace_layers(task.unet, run_forward)
 
 
 def write_recipe(

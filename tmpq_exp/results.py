@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from tmpq_exp.config import Granularity
-from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, LayerShape
+from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.quant.supernet import is_eligible
 from tmpq_exp.report import SCHEMA
 from tmpq_exp.search.evolution import EvolutionSearch
 from tmpq_exp.search.objective import Objective, label

@@ -168,6 +168,7 @@ _FILES = {
     "supernet": "supernet.safetensors",
     "recipe": "recipe.json",
     "recipe_state": "recipe.safetensors",
+    "cost": "cost.json",
     "report_json": "report.json",
     "report_html": "report.html",
     "samples": "samples.png",

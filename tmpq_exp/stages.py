@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from tmpq_exp.config import UserError
-from tmpq_exp.cost import ConvShape
+from tmpq_exp.cost import ConvShape, is_eligible
 from tmpq_exp.experiment import Experiment, examined_tiles, make_search, random_candidates, winograd_spec
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.calibration import CalibrationModule, trajectory_states
-from tmpq_exp.quant.supernet import is_eligible
 from tmpq_exp.rundir import bad_input, digest
 from tmpq_exp.search.evidence import best_so_far, evenly_spread, mean_interval, rank_correlation
 from tmpq_exp.search.evolution import EvolutionSearch

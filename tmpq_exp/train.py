@@ -17,7 +17,7 @@ from tmpq_exp.data import ImageData
 from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
 from tmpq_exp.files import replace_file
 from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
-from tmpq_exp.progress import StageProgress
+from tmpq_exp.progress import StageProgress, quiet_lightning
 from tmpq_exp.report import samples_png
 from tmpq_exp.rundir import RunDirectory, describe_environment
 from tmpq_exp.seeding import stream_seed
@@ -40,6 +40,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     Writes ``model.safetensors`` and ``model_card.md`` into the run directory; for a classifier also
     ``reference.safetensors``, the statistics of the data under its features, for a diffusion model ``samples.png``.
     """
+    quiet_lightning()
     run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
     if run.weights.exists() and run.model_card.exists():
         print(f"already trained\nweights     {run.weights}\nmodel card  {run.model_card}")
@@ -47,7 +48,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     torch.manual_seed(stream_seed(config.seed, "train"))
     model = instantiate(config.model)
     if not isinstance(model, TrainableModel):
-        raise UserError(f"model: {type(model).__name__} has no training recipe here")
+        raise UserError(f"model: {getattr(model, 'name', type(model).__name__)} has no training recipe here")
     data: ImageData = instantiate(config.data)
     module = model.training_module()
     num_steps = module.recipe.num_steps

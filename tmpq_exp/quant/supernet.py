@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tmpq_exp.config import QuantConfig
-from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
+from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import Allocation, Candidate
 from tmpq_exp.quant.layers import (
     LayerSetting,
@@ -25,7 +25,7 @@ from tmpq_exp.quant.layers import (
 )
 from tmpq_exp.quant.quantizer import Quantizer
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec
-from tmpq_exp.winograd.transform import WinogradScales, ineligible_reason
+from tmpq_exp.winograd.transform import WinogradScales
 from tmpq_exp.zoo.task import DiffusionTask
 
 PRODUCTS_SUFFIX = ".products"
@@ -207,11 +207,6 @@ def _with_fixed_dtype(network: nn.Module) -> nn.Module:
     cls = type(network)
     network.__class__ = type(cls.__name__, (cls,), {"dtype": property(lambda _: dtype), "__module__": cls.__module__})
     return network
-
-
-def is_eligible(shape: ConvShape) -> bool:
-    """Whether a convolution can be computed with F(m, 3)."""
-    return ineligible_reason(shape.kernel_size, shape.stride, shape.dilation, shape.groups) is None
 
 
 class SupernetModule(L.LightningModule):
