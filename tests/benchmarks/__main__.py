@@ -36,7 +36,8 @@ from tmpq_exp.quant.allocation import DIRECT_TILE, Allocation
 from tmpq_exp.quant.primitives import RangeEstimator
 from tmpq_exp.quant.supernet import Supernet
 from tmpq_exp.recipe import task_layers
-from tmpq_exp.search.space import Budget, SearchSpace
+from tmpq_exp.search.budget import Budget
+from tmpq_exp.search.space import SearchSpace
 from tmpq_exp.trace import trace_layers
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
 from tmpq_exp.zoo.digits import DigitsDDPM

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, LinearShape
 from tmpq_exp.diffusion.schedule import TimestepRule, timestep_groups
 from tmpq_exp.quant.allocation import FLOAT_BITS, Allocation, Candidate
-from tmpq_exp.search.space import Budget, SearchSpace
+from tmpq_exp.search.budget import Budget
+from tmpq_exp.search.space import SearchSpace
 
 LAYERS: tuple[LayerShape, ...] = (
     ConvShape("first", 3, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, 16, 16),
@@ -44,7 +45,7 @@ def test_counts_of_genes_and_candidates() -> None:
     sizes = [len(group) for group in space.timestep_groups]
     assert space.num_genes == sum(size > 1 for size in sizes) + 3 + 4 + 1
     assert space.num_candidates == int(np.prod(sizes)) * 4**8
-    assert (space.num_steps, space.num_layers) == (5, 5)
+    assert space.num_layers == 5
 
 
 @given(seeds)

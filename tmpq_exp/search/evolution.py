@@ -13,7 +13,8 @@ import numpy as np
 
 from tmpq_exp.cost import CostModel
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.search.space import Budget, SearchSpace
+from tmpq_exp.search.budget import Budget
+from tmpq_exp.search.space import SearchSpace
 
 
 class Origin(str, Enum):
