@@ -115,7 +115,7 @@ class StepSpace:
         return _joined([list(group[:count]) for group, count in zip(self.groups, counts, strict=True)])
 
     def sample(self, rng: np.random.Generator, max_steps: int) -> tuple[int, ...]:
-        """Sequence of a number of timesteps drawn uniformly from ``min_steps..max_steps``, spread over random groups."""
+        """Sequence of K timesteps, K drawn uniformly from ``min_steps..max_steps``, spread over random groups."""
         num_steps = self.min_steps + _draw(rng, min(max_steps, self.max_steps) - self.min_steps + 1)
         counts = [self._floor(group) for group in range(len(self.groups))]
         slots = [group for group, count in enumerate(counts) for _ in range(self._room(group) - count)]
