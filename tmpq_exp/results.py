@@ -15,7 +15,7 @@ from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import is_eligible
 from tmpq_exp.report import SCHEMA
-from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective, label
 from tmpq_exp.search.trials import Trial
 
@@ -50,7 +50,7 @@ def front(trials: Sequence[Trial], metric: str) -> list[Trial]:
 def assemble_report(
     experiment: Experiment,
     winograd: list[dict[str, Any]],
-    algorithm: EvolutionSearch,
+    algorithm: Search,
     winner: Candidate,
     finals: dict[str, Trial],
     search_objective: Objective,

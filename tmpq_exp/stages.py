@@ -21,7 +21,7 @@ from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.calibration import CalibrationModule, trajectory_states
 from tmpq_exp.quant.supernet import is_eligible
 from tmpq_exp.rundir import bad_input, digest
-from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.module import SearchModule
 from tmpq_exp.search.objective import Objective
 from tmpq_exp.search.trials import Trial
@@ -162,7 +162,7 @@ def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]
     return found
 
 
-def search(experiment: Experiment) -> tuple[EvolutionSearch, Objective]:
+def search(experiment: Experiment) -> tuple[Search, Objective]:
     """Run the search; candidates that were scored before a kill are answered from the trials."""
     algorithm = make_search(experiment)
     objective = experiment.objective("search", experiment.config.objective.num_images)
@@ -178,7 +178,7 @@ def search(experiment: Experiment) -> tuple[EvolutionSearch, Objective]:
     return algorithm, objective
 
 
-def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
+def select(experiment: Experiment, algorithm: Search) -> Candidate:
     """The winner: the best of the finalists on images the search never saw.
 
     Raises:

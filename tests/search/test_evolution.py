@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tmpq_exp.cost import CostModel, LinearShape
 from tmpq_exp.diffusion.schedule import TimestepRule, group_minima, timestep_groups
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.search.evolution import EvolutionSearch, Origin, SearchStatistics
+from tmpq_exp.search.algorithm import Origin, SearchStatistics
+from tmpq_exp.search.evolution import EvolutionSearch
 from tmpq_exp.search.space import SearchSpace
 
 NUM_LAYERS = 12

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective
 
 
@@ -21,7 +21,7 @@ class SearchModule(L.LightningModule):
         objective: Scores candidates.
     """
 
-    def __init__(self, search: EvolutionSearch, objective: Objective) -> None:
+    def __init__(self, search: Search, objective: Objective) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.search, self.objective = search, objective

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,9 +86,7 @@ class NSGA2Search(Search):
                 first, second = self._tournament(survivors, rng), self._tournament(survivors, rng)
                 bitops = sorted(self.budget.cost.bitops(parent) for parent in (first, second))
                 ceiling = rng.uniform(bitops[0] / 1.1, bitops[1] * 1.1)
-                self._place(
-                    Origin.CROSSOVER, lambda a=first, b=second: self._child(a, b, rng), rng, self._clip(ceiling)
-                )
+                self._place(Origin.CROSSOVER, partial(self._child, first, second, rng), rng, self._clip(ceiling))
             else:
                 low, high = np.log([self.budget.cheapest_bitops, self.budget.budget_bitops])
                 ceiling = np.exp(rng.uniform(low, high))
