@@ -226,15 +226,11 @@ class SpaceConfig:
         _check_at_least("space.max_steps", most, fewest)
         _check_at_least("space.min_steps_per_group", self.min_steps_per_group, 0)
         _check_at_least("space.max_steps_per_group", self.max_steps_per_group, max(1, self.min_steps_per_group))
-        if self.groups != "free" and not k * self.min_steps_per_group <= most:
+        low, high = k * self.min_steps_per_group, k * self.max_steps_per_group
+        if self.groups != "free" and (most < low or fewest > high):
             raise UserError(
-                f"space.max_steps must be at least {k * self.min_steps_per_group} (space.num_inference_steps x "
-                f"space.min_steps_per_group), found {most}"
-            )
-        if self.groups != "free" and fewest > k * self.max_steps_per_group:
-            raise UserError(
-                f"space.min_steps must be at most {k * self.max_steps_per_group} (space.num_inference_steps x "
-                f"space.max_steps_per_group), found {fewest}"
+                f"space.min_steps..max_steps must meet {low}..{high}, what {k} groups (space.num_inference_steps) of "
+                f"{self.min_steps_per_group} to {self.max_steps_per_group} steps keep, found {fewest}..{most}"
             )
 
 
