@@ -59,8 +59,9 @@ class Budget:
         A move takes one gene to its next lower bits, or drops a step. Every move waits for a random time, exponential
         with a rate of the BitOPs it saves, and moves happen in the order of time until the budget is met: the most
         expensive layers give way first and small ones keep their bits. What a dropped step saves is divided by the
-        number of the candidate's genes, so that steps do not fall before bits have a chance. Tiles are kept, unless the lowest bits
-        and the fewest steps are not enough. Costs rise with either bit width at any tile, so that this always ends.
+        number of the candidate's genes, so that steps do not fall before bits have a chance. Tiles are kept, unless
+        the lowest bits and the fewest steps are not enough. Costs rise with either bit width at any tile, so that this
+        always ends.
 
         Args:
             candidate: One of the space.
@@ -173,12 +174,8 @@ class Budget:
         """When each step is dropped, infinite where it must be kept."""
         times = np.full(len(timesteps), np.inf)
         if len(timesteps) > self.space.steps.min_steps:
-            waits = (
-                rng.standard_exponential(len(timesteps))
-                * genes[:2].size
-                / self._bitops[self._index(genes)].sum(axis=-1)
-            )
-            waits /= self._factor(1) / self._factor(len(timesteps))
+            savings = self._bitops[self._index(genes)].sum(axis=-1) * self._factor(1) / self._factor(len(timesteps))
+            waits = rng.standard_exponential(len(timesteps)) * genes[:2].size / savings
             dropped = self.space.steps.droppable(timesteps, waits.argsort().tolist())
             times[dropped] = waits[dropped]
         return times
