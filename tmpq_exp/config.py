@@ -189,25 +189,52 @@ class SpaceConfig:
     """What a candidate may choose.
 
     Args:
-        num_inference_steps: Kept timesteps K, from 1 to the schedule's length.
-        groups: Rule that cuts the schedule into K groups: ``quadratic`` or ``uniform``.
-        search_timesteps: Whether the kept timestep of a group is free; if not it is the group's smallest.
+        num_inference_steps: K, from 1 to the schedule's length: the number of groups, the steps of baselines and of
+            the budget, and of every candidate unless ``min_steps`` or ``max_steps`` say otherwise.
+        groups: Rule that cuts the schedule into K groups: ``quadratic`` or ``uniform``; ``free``: no groups, any
+            timesteps may be kept.
+        search_timesteps: Whether the kept timesteps of a group are free; if not it is the group's smallest.
+        min_steps, max_steps: Range of a candidate's kept timesteps; null: K.
+        min_steps_per_group, max_steps_per_group: Range of the kept timesteps of one group; no use if ``free``.
         weight_bits: Choices for every layer's weights; a single one fixes them.
         act_bits: Choices for every layer's activations.
+        bits_per_step: ``shared``: all steps have the same bits; ``per_step``: each has its own.
     """
 
     num_inference_steps: int = 10
     groups: str = "quadratic"
     search_timesteps: bool = True
+    min_steps: int | None = None
+    max_steps: int | None = None
+    min_steps_per_group: int = 1
+    max_steps_per_group: int = 1
     weight_bits: list[int] = field(default_factory=lambda: [8, 7, 6, 5])
     act_bits: list[int] = field(default_factory=lambda: [8, 7, 6, 5])
+    bits_per_step: str = "shared"
 
     def __post_init__(self) -> None:
         _check_at_least("space.num_inference_steps", self.num_inference_steps, 1)
-        if self.groups not in ("quadratic", "uniform"):
-            raise UserError(f"space.groups must be quadratic or uniform, found {self.groups!r}")
+        if self.groups not in ("quadratic", "uniform", "free"):
+            raise UserError(f"space.groups must be quadratic, uniform or free, found {self.groups!r}")
+        self._check_number_of_steps()
         _check_bit_choices("space.weight_bits", self.weight_bits)
         _check_bit_choices("space.act_bits", self.act_bits)
+        if self.bits_per_step not in ("shared", "per_step"):
+            raise UserError(f"space.bits_per_step must be shared or per_step, found {self.bits_per_step!r}")
+
+    def _check_number_of_steps(self) -> None:
+        k = self.num_inference_steps
+        fewest, most = (k if bound is None else bound for bound in (self.min_steps, self.max_steps))
+        _check_at_least("space.min_steps", fewest, 1)
+        _check_at_least("space.max_steps", most, fewest)
+        _check_at_least("space.min_steps_per_group", self.min_steps_per_group, 0)
+        _check_at_least("space.max_steps_per_group", self.max_steps_per_group, max(1, self.min_steps_per_group))
+        low, high = k * self.min_steps_per_group, k * self.max_steps_per_group
+        if self.groups != "free" and (most < low or fewest > high):
+            raise UserError(
+                f"space.min_steps..max_steps must meet {low}..{high}, what {k} groups (space.num_inference_steps) of "
+                f"{self.min_steps_per_group} to {self.max_steps_per_group} steps keep, found {fewest}..{most}"
+            )
 
 
 @dataclass

@@ -24,9 +24,10 @@ from tmpq_exp.progress import StageProgress
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import RunDirectory, bad_input, digest
-from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective, Protocol
-from tmpq_exp.search.space import SearchSpace
+from tmpq_exp.search.random import RandomSearch
+from tmpq_exp.search.space import BitsPerStep, SearchSpace
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
@@ -94,6 +95,12 @@ class Experiment:
     def search_seed(self) -> int:
         """Seed of what the search draws and of the images it scores."""
         return self.config.seed if self.config.search_seed is None else self.config.search_seed
+
+    def seed_timesteps(self) -> tuple[int, ...]:
+        """Smallest timestep of each group at K steps; without groups the quadratic schedule."""
+        space = self.config.space
+        rule = TimestepRule.UNIFORM if space.groups == "uniform" else TimestepRule.QUADRATIC
+        return group_minima(timestep_groups(self.task.num_train_timesteps, space.num_inference_steps, rule))
 
     def baselines(self) -> dict[str, Candidate]:
         """Named baselines: the float reference, float at K quadratic steps, and uniform bits at K steps.
@@ -198,15 +205,24 @@ def _with_baselines(config: Config, choices: list[int]) -> tuple[int, ...]:
 
 def _search_space(config: Config, num_train_timesteps: int, layers: tuple[LayerShape, ...]) -> SearchSpace:
     space, tile = config.space, config.winograd.tile
-    groups = timestep_groups(num_train_timesteps, space.num_inference_steps, TimestepRule(space.groups))
+    rule = TimestepRule.QUADRATIC if space.groups == "free" else TimestepRule(space.groups)
+    groups = timestep_groups(num_train_timesteps, space.num_inference_steps, rule)
+    num_steps = range(space.min_steps or len(groups), (space.max_steps or len(groups)) + 1)
+    steps_per_group = (space.min_steps_per_group, space.max_steps_per_group)
     if not space.search_timesteps:
         groups = tuple(range(group[0], group[0] + 1) for group in groups)
+    elif space.groups == "free":
+        groups, steps_per_group = (range(num_train_timesteps),), (0, num_train_timesteps)
     softmax = (config.quant.softmax_bits,)
     return SearchSpace(
         groups,
         tuple(softmax if isinstance(shape, AttentionShape) else tuple(space.weight_bits) for shape in layers),
         (tuple(space.act_bits),) * len(layers),
         tuple((tile if isinstance(shape, ConvShape) and is_eligible(shape) else DIRECT_TILE,) for shape in layers),
+        num_steps[0],
+        num_steps[-1],
+        *steps_per_group,
+        BitsPerStep(space.bits_per_step),
     )
 
 
@@ -218,8 +234,8 @@ def _budget_bitops(experiment: Experiment) -> int:
     return experiment.cost.bitops(experiment.uniform(steps, budget.weight_bits, budget.act_bits))
 
 
-def make_search(experiment: Experiment) -> EvolutionSearch:
-    """The search algorithm, seeded with the quadratic schedule at the budget's bits where the space has them.
+def make_search(experiment: Experiment) -> Search:
+    """The search algorithm, seeded with the schedule of the budget at the budget's bits where the space has them.
 
     Raises:
         ValueError: If the budget is below the cheapest candidate, or a setting of the search is out of range.
@@ -228,8 +244,10 @@ def make_search(experiment: Experiment) -> EvolutionSearch:
     budget = config.budget
     seeds = []
     if budget.weight_bits in config.space.weight_bits and budget.act_bits in config.space.act_bits:
-        seeds.append(space.uniform(group_minima(space.timestep_groups), budget.weight_bits, budget.act_bits))
-    search: EvolutionSearch = instantiate(config.search)(
+        timesteps = experiment.seed_timesteps()
+        if space.steps.contains(timesteps):
+            seeds.append(space.uniform(timesteps, budget.weight_bits, budget.act_bits))
+    search: Search = instantiate(config.search)(
         space,
         experiment.cost,
         experiment.budget_bitops,
@@ -241,17 +259,13 @@ def make_search(experiment: Experiment) -> EvolutionSearch:
 
 def random_candidates(experiment: Experiment, count: int) -> tuple[Candidate, ...]:
     """Random candidates under the run's budget, none twice."""
-    search = EvolutionSearch(
+    search = RandomSearch(
         experiment.space,
         experiment.cost,
         experiment.budget_bitops,
         population_size=count,
-        num_parents=1,
-        num_mutants=0,
-        num_crossovers=0,
         num_generations=1,
         seed=stream_seed(experiment.search_seed, "random search"),
-        sample_from="highest",
     )
     return search.ask()
 

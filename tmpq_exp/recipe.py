@@ -91,7 +91,7 @@ def write_recipe(
     Args:
         path, state_path: ``recipe.json`` and the safetensors file beside it.
         module: The run's supernet.
-        candidate: What to ship; its allocation is shared by all steps.
+        candidate: What to ship; its steps share an allocation or have one each.
         winograd: Specification and scales of the tiles the supernet may take.
         micro_batch: Images a forward in the run.
         evidence: What was measured, kept for the reader.

@@ -14,7 +14,7 @@ from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, LayerShape,
 from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.report import SCHEMA
-from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective, label
 from tmpq_exp.search.trials import Trial
 from tmpq_exp.seeding import stream_seed
@@ -51,7 +51,7 @@ def front(trials: Sequence[Trial], metric: str) -> list[Trial]:
 def assemble_report(
     experiment: Experiment,
     winograd: list[dict[str, Any]],
-    algorithm: EvolutionSearch,
+    algorithm: Search,
     winner: Candidate,
     finals: dict[str, Trial],
     evidence: dict[str, Any],

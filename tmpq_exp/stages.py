@@ -21,8 +21,8 @@ from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.calibration import CalibrationModule, trajectory_states
 from tmpq_exp.rundir import bad_input, digest
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.evidence import best_so_far, evenly_spread, mean_interval, rank_correlation
-from tmpq_exp.search.evolution import EvolutionSearch
 from tmpq_exp.search.module import Proxy, SearchModule
 from tmpq_exp.search.objective import PROXIES, Objective
 from tmpq_exp.search.trials import Trial
@@ -163,7 +163,7 @@ def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]
     return found
 
 
-def search(experiment: Experiment) -> tuple[EvolutionSearch, Objective]:
+def search(experiment: Experiment) -> tuple[Search, Objective]:
     """Run the search; candidates that were scored before a kill are answered from the trials."""
     algorithm = make_search(experiment)
     config = experiment.config.objective
@@ -185,7 +185,7 @@ def search(experiment: Experiment) -> tuple[EvolutionSearch, Objective]:
     return algorithm, objective
 
 
-def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
+def select(experiment: Experiment, algorithm: Search) -> Candidate:
     """The winner: the best of the finalists on images the search never saw.
 
     Raises:
@@ -232,9 +232,7 @@ def evaluate(experiment: Experiment, winner: Candidate) -> tuple[dict[str, Trial
     return trials, objective
 
 
-def weigh(
-    experiment: Experiment, algorithm: EvolutionSearch, objective: Objective, winner: Candidate
-) -> dict[str, Any]:
+def weigh(experiment: Experiment, algorithm: Search, objective: Objective, winner: Candidate) -> dict[str, Any]:
     """How far the search's figures can be trusted, by further evaluations.
 
     Args:
@@ -297,7 +295,7 @@ def _score_noise(experiment: Experiment, objective: Objective, winner: Candidate
     }
 
 
-def _score_again(experiment: Experiment, algorithm: EvolutionSearch) -> dict[str, float]:
+def _score_again(experiment: Experiment, algorithm: Search) -> dict[str, float]:
     """Scores on the images of the selection, of candidates from the best to the worst of the search."""
     config = experiment.config.evaluation
     ranked = {scored.candidate.key(): scored.candidate for scored in algorithm.top(10**9)}
@@ -311,7 +309,7 @@ def _score_again(experiment: Experiment, algorithm: EvolutionSearch) -> dict[str
     return scores
 
 
-def _random_control(experiment: Experiment, algorithm: EvolutionSearch, objective: Objective) -> list[Trial]:
+def _random_control(experiment: Experiment, algorithm: Search, objective: Objective) -> list[Trial]:
     """As many random candidates as the search scored, by the same protocol and under the same budget."""
     count = sum(1 for trial in experiment.trials.of_phase("search") if objective.covers(trial))
     candidates = random_candidates(experiment, count)
