@@ -33,6 +33,7 @@ from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import WinogradScales
 from tmpq_exp.zoo.task import DiffusionModel, DiffusionTask
+from tmpq_exp.zoo.weights import content_hash
 
 BASELINE_BITS = (8, 6)
 """Uniform bit widths that every report compares with."""
@@ -68,16 +69,17 @@ class Experiment:
     on_trial: Callable[[Trial], None]
     device: torch.device
     winograd: dict[int, tuple[WinogradSpec, WinogradScales]] = field(default_factory=dict)
+    calibration: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
         """Layers in the order of every allocation."""
         return self.cost.layers
 
-    def trainer(self, name: str, total: int, **arguments: Any) -> L.Trainer:
-        """A Trainer from the trainer group, with a progress bar of ``total`` units."""
+    def trainer(self, name: str, total: int, *, count_epochs: bool = False, **arguments: Any) -> L.Trainer:
+        """A Trainer from the trainer group, with a progress bar of ``total`` batches or epochs."""
         trainer: L.Trainer = instantiate(self.config.trainer)(
-            callbacks=[StageProgress(name, total)], default_root_dir=self.run.path, **arguments
+            callbacks=[StageProgress(name, total, count_epochs=count_epochs)], default_root_dir=self.run.path, **arguments
         )
         return trainer
 
@@ -108,7 +110,7 @@ class Experiment:
         """Objective on the image stream of this name; a Trainer's stage may have left the supernet on the CPU."""
         self.module.to(self.device)
         protocol = Protocol(num_images, stream_seed(self.config.seed, stream), self.config.evaluation.micro_batch)
-        state = {key: value.tolist() for key, value in self.module.supernet.quantizer_state().items()}
+        state = content_hash(self.module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
         return Objective(
             self.module,

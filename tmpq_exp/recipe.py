@@ -1,7 +1,7 @@
 """The recipe: everything that turns the float model into the best candidate again, as JSON and safetensors.
 
 ``recipe.json`` holds the kept timesteps, the allocation and the Winograd scales; ``recipe.safetensors`` beside it holds
-scales and zero points at the chosen bits. No weights: they are the float model's, named by their hash. A recipe from a
+scales, zero points and learned roundings at the chosen bits. No weights: they are the float model's, named by their hash. A recipe from a
 stranger is data only, nothing in it is imported, evaluated or unpickled.
 """
 
@@ -30,7 +30,7 @@ from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.task import DiffusionTask
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
-RECIPE_SCHEMA = 1
+RECIPE_SCHEMA = 2
 EMBEDDED_MODELS = {DigitsDDPM.name: DigitsDDPM}
 """Models that a recipe may name; for any other one ``apply_recipe`` is given the float task."""
 
@@ -78,14 +78,7 @@ class CompressedModel:
 
 def task_layers(task: DiffusionTask) -> tuple[LayerShape, ...]:
     """Layers of a task's U-Net, in the order of every allocation."""
-    device = next(task.unet.parameters()).device
-    conditioning = {key: value.to(device) for key, value in task.conditioning([0]).items()}
-
-    def run_forward(network: nn.Module) -> Any:
-        x = torch.zeros(1, *task.sample_shape, device=device)
-        return network(x, torch.zeros(1, dtype=torch.long, device=device), **conditioning)
-
-    return trace_layers(task.unet, run_forward)
+    return trace_layers(task.unet, task.probe)
 
 
 def write_recipe(
