@@ -16,8 +16,9 @@ from tmpq_exp.cost import LinearShape
 from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
 from tmpq_exp.metrics.fidelity import mean_psnr_db
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
-from tmpq_exp.quant.calibration import CalibrationModule, CalibrationState, trajectory_states
+from tmpq_exp.quant.calibration import CalibrationModule
 from tmpq_exp.quant.primitives import scale_and_zero_point
+from tmpq_exp.quant.states import CalibrationState, trajectory_states
 from tmpq_exp.quant.supernet import Supernet, SupernetModule
 from tmpq_exp.zoo.task import DiffusionTask
 
@@ -102,13 +103,13 @@ def test_a_trainer_does_the_same(calibrate: Callable[[CalibrationModule], None],
 
 
 def test_states_lie_on_the_float_trajectory(task: DiffusionTask) -> None:
-    found = trajectory_states(task, CONFIG, 0)
+    found = trajectory_states(task, 2, 3, 0)
     timesteps = spaced_timesteps(1000, 3, TimestepSpacing.TRAILING)
     assert tuple(state.timestep for state in found) == timesteps
-    again = trajectory_states(task, CONFIG, 0)
+    again = trajectory_states(task, 2, 3, 0)
     assert all(torch.equal(a.x, b.x) for a, b in zip(found, again, strict=True))
     assert all(state.x.shape == (2, 1, 16, 16) for state in found)
-    assert not torch.equal(trajectory_states(task, CONFIG, 1)[0].x, found[0].x)
+    assert not torch.equal(trajectory_states(task, 2, 3, 1)[0].x, found[0].x)
     # the first state is noise of unit variance and each later one is a copy of its own
     assert found[0].x.std().item() == pytest.approx(1, abs=0.1)
     assert len({state.x.data_ptr() for state in found}) == 3
