@@ -79,7 +79,9 @@ class Experiment:
     def trainer(self, name: str, total: int, *, count_epochs: bool = False, **arguments: Any) -> L.Trainer:
         """A Trainer from the trainer group, with a progress bar of ``total`` batches or epochs."""
         trainer: L.Trainer = instantiate(self.config.trainer)(
-            callbacks=[StageProgress(name, total, count_epochs=count_epochs)], default_root_dir=self.run.path, **arguments
+            callbacks=[StageProgress(name, total, count_epochs=count_epochs)],
+            default_root_dir=self.run.path,
+            **arguments,
         )
         return trainer
 

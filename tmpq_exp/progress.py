@@ -103,9 +103,7 @@ class StageProgress(ProgressBar):
         count_epochs: An epoch counts one, rather than a batch.
     """
 
-    def __init__(
-        self, name: str, total: int, note: str = "progress_note", *, count_epochs: bool = False
-    ) -> None:
+    def __init__(self, name: str, total: int, note: str = "progress_note", *, count_epochs: bool = False) -> None:
         super().__init__()
         self._stage, self._note, self._count_epochs = StageBar(name, total), note, count_epochs
 

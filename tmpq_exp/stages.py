@@ -18,8 +18,8 @@ from tmpq_exp.config import UserError
 from tmpq_exp.cost import ConvShape
 from tmpq_exp.experiment import Experiment, examined_tiles, make_search, winograd_spec
 from tmpq_exp.progress import StageBar
-from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.activations import ActivationStore
+from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.calibration import CalibrationModule, UnitFiles
 from tmpq_exp.quant.states import cached_states, trajectory_states
 from tmpq_exp.quant.supernet import is_eligible

@@ -28,7 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tmpq_exp.config import QuantConfig, QuantizerConfig
+from tests.benchmarks.calibration import demo_config, demo_seconds, loss_ratio
+from tmpq_exp.config import CalibrationConfig, QuantConfig, QuantizerConfig
 from tmpq_exp.cost import AttentionShape, CostModel
 from tmpq_exp.diffusion.schedule import TimestepRule, group_minima, timestep_groups
 from tmpq_exp.files import replace_file
@@ -49,6 +50,12 @@ WINOGRAD_GOAL = 6.0
 
 IMAGES_GOAL_SECONDS = 10.0
 """Most seconds for 512 digits at 10 steps."""
+
+CALIBRATION_GOAL_SECONDS = 60.0
+"""Most seconds for the calibration of ddpm_digits at four bit widths."""
+
+LOSS_GOAL = 1.1
+"""Most times that the loss at W5A5 may be larger than with ten times as many iterations."""
 
 BITS, SOFTMAX_BITS = 6, 8
 
@@ -240,6 +247,20 @@ def image_seconds(num_images: int, num_steps: int, rounds: int) -> Measurement:
     return measurement(f"{num_images} float digits at {num_steps} steps", values, "s", IMAGES_GOAL_SECONDS)
 
 
+def calibration_seconds(calibration: CalibrationConfig) -> Measurement:
+    """Seconds of a block-wise calibration of ddpm_digits; its iterations are in the name."""
+    iterations = f"{calibration.weight_iterations} + {calibration.act_iterations} iterations"
+    name = f"calibration={calibration.method}, ddpm_digits, {iterations}"
+    return measurement(name, [demo_seconds(calibration)], "s", CALIBRATION_GOAL_SECONDS)
+
+
+def calibration_loss(calibration: CalibrationConfig) -> Measurement:
+    """Reconstruction loss at W5A5 over that of ten times as many iterations."""
+    iterations = f"{calibration.weight_iterations} + {calibration.act_iterations}"
+    name = f"loss at W5A5, {iterations} iterations / ten times as many"
+    return measurement(name, [loss_ratio(calibration)], "x", LOSS_GOAL)
+
+
 def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
     """All benchmarks by the name that ``--only`` looks for."""
     few = max(3, rounds // 2)
@@ -250,6 +271,8 @@ def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
         **conv,
         "repair": lambda: repair_rate(500, rounds),
         "images": lambda: image_seconds(512, 10, few),
+        "calibration seconds": lambda: calibration_seconds(demo_config().calibration),
+        "calibration loss": lambda: calibration_loss(demo_config().calibration),
     }
 
 

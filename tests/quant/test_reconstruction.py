@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tests.quant.conftest import Case
 
 CPU = torch.device("cpu")
-STATIC = QuantConfig(QuantizerConfig(Granularity.PER_CHANNEL), QuantizerConfig())
+STATIC = QuantConfig(QuantizerConfig(Granularity.PER_CHANNEL, estimator="minmax"), QuantizerConfig(estimator="minmax"))
 GROUPWISE = QuantConfig(
     QuantizerConfig(Granularity.PER_GROUP, symmetric=True, estimator="minmax"),
     QuantizerConfig(Granularity.PER_GROUP, symmetric=True, estimator="minmax"),
@@ -48,7 +48,12 @@ def low_bits(case: Case, config: QuantConfig = STATIC) -> Supernet:
 
 
 def learn(
-    case: Case, states: list[CalibrationState], last: str, tmp_path: Path, config: QuantConfig = STATIC, **settings: object
+    case: Case,
+    states: list[CalibrationState],
+    last: str,
+    tmp_path: Path,
+    config: QuantConfig = STATIC,
+    **settings: object,
 ) -> tuple[Supernet, list[UnitRecord]]:
     """Reconstruct the units up to and with ``last``."""
     values = {"method": "uniform_prefix", "weight_learning_rate": 0.05, "act_learning_rate": 2e-3} | settings
@@ -70,8 +75,8 @@ def learn(
 def test_learning_lowers_the_error_of_real_blocks(
     digits: Case, task: DiffusionTask, method: str, tmp_path: Path
 ) -> None:
-    states = trajectory_states(task, 8, 5, 0)
-    settings = {"method": method, "weight_iterations": 60, "act_iterations": 20}
+    states = trajectory_states(task, 8, 3, 0)
+    settings = {"method": method, "weight_iterations": 40, "act_iterations": 20, "weight_learning_rate": 0.1}
     supernet, records = learn(digits, states, "down_blocks.0.downsamplers.0.conv", tmp_path, **settings)
     found = {(record.unit, record.bits): record.loss_after / record.loss_before for record in records}
     assert len(found) == 10
@@ -96,7 +101,7 @@ def test_dynamic_quantizers_learn_their_roundings(cross_attention: Case, tmp_pat
     inputs = cross_attention.inputs(4)
     states = [CalibrationState(inputs["sample"], 300, {"encoder_hidden_states": inputs["encoder_hidden_states"]})]
     last = "down_blocks.1.attentions.0.transformer_blocks.0"
-    settings = {"weight_iterations": 60, "act_iterations": 5, "batch_size": 4}
+    settings = {"weight_iterations": 40, "act_iterations": 5, "batch_size": 4}
     _, records = learn(cross_attention, states, last, tmp_path, GROUPWISE, **settings)
     block = [record for record in records if record.unit == last]
     assert {record.bits for record in block} == {5, 4}
@@ -138,7 +143,9 @@ def test_draws(digits: Case) -> None:
     pairs = {(setting.weight_bits, setting.act_bits) for draw in draws for setting in draw}
     assert pairs >= {(5, 5), (5, 4), (4, 5), (4, 4)}  # weights and activations are drawn apart
     assert draws == shuffled_draws(layers, 20, torch.Generator().manual_seed(0))
-    assert random_draw(layers, torch.Generator().manual_seed(1)) != random_draw(layers, torch.Generator().manual_seed(2))
+    assert random_draw(layers, torch.Generator().manual_seed(1)) != random_draw(
+        layers, torch.Generator().manual_seed(2)
+    )
     assert {setting.act_bits for setting in uniform_draw(layers, 4)} == {4}
 
 

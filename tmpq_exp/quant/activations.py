@@ -211,9 +211,7 @@ class Stream:
             found, spec = tree_flatten(self.arguments(batch))
             if batch == 0:
                 stacked = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == size for x in found]
-                leaves = [
-                    self.store.allocate(x, count) if kept else x for x, kept in zip(found, stacked, strict=True)
-                ]
+                leaves = [self.store.allocate(x, count) if kept else x for x, kept in zip(found, stacked, strict=True)]
             for leaf, x, kept in zip(leaves, found, stacked, strict=True):
                 if kept:
                     leaf[batch * size : (batch + 1) * size].copy_(x)

@@ -138,9 +138,7 @@ class BlockwiseReconstruction:
             return random_draw(unit.layers, stream(self.seed, "carried", unit.name, batch))
         return uniform_draw(unit.layers, name)
 
-    def _draws(
-        self, unit: Unit, name: int | str, generator: torch.Generator
-    ) -> tuple[Sequence[Draw], Sequence[Draw]]:
+    def _draws(self, unit: Unit, name: int | str, generator: torch.Generator) -> tuple[Sequence[Draw], Sequence[Draw]]:
         counts = self.config.weight_iterations, self.config.act_iterations
         if isinstance(name, str):
             weights, acts = (shuffled_draws(unit.layers, len(self.widths) * n, generator) for n in counts)
@@ -163,4 +161,3 @@ class BlockwiseReconstruction:
                     if bits in widths:
                         value[index] = kept[f"{name}.{buffer}"][index]
         self.supernet.quantizers_changed()
-

@@ -91,9 +91,7 @@ def shuffled_draws(layers: Sequence[QuantLayer], count: int, generator: torch.Ge
         order = torch.randperm(count, generator=generator).tolist()
         return [choices[place % len(choices)] for place in order]
 
-    columns = [
-        zip(column(layer.weight_choices), column(layer.act_choices), strict=True) for layer in layers
-    ]
+    columns = [zip(column(layer.weight_choices), column(layer.act_choices), strict=True) for layer in layers]
     return [[LayerSetting(*pair) for pair in row] for row in zip(*columns, strict=True)]
 
 
