@@ -1,8 +1,8 @@
 """The recipe: everything that turns the float model into the best candidate again, as JSON and safetensors.
 
 ``recipe.json`` holds the kept timesteps, the allocation and the Winograd scales; ``recipe.safetensors`` beside it holds
-scales, zero points and learned roundings at the chosen bits. No weights: they are the float model's, named by their hash. A recipe from a
-stranger is data only, nothing in it is imported, evaluated or unpickled.
+scales, zero points and learned roundings at the chosen bits. No weights: they are the float model's, named by their
+hash. A recipe from a stranger is data only, nothing in it is imported, evaluated or unpickled.
 """
 
 from __future__ import annotations

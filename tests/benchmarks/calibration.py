@@ -48,20 +48,22 @@ def calibrate(calibration: CalibrationConfig, bits: Sequence[int]) -> tuple[floa
     supernet = SupernetModule(task, layers, weights, [tuple(bits)] * len(layers), config.quant).supernet
     start = time.perf_counter()
     states = trajectory_states(task, calibration.num_images, calibration.num_timesteps, 0)
-    with tempfile.TemporaryDirectory() as folder:
-        with ActivationStore(calibration.max_cache_bytes, Path(folder) / "spill", torch.device("cpu")) as store:
-            module = CalibrationModule(supernet, states, calibration, 0, store)
-            trainer = L.Trainer(
-                max_epochs=module.num_epochs,
-                reload_dataloaders_every_n_epochs=1,
-                accelerator="cpu",
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                default_root_dir=folder,
-            )
-            trainer.fit(module)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ActivationStore(calibration.max_cache_bytes, Path(folder) / "spill", torch.device("cpu")) as store,
+    ):
+        module = CalibrationModule(supernet, states, calibration, 0, store)
+        trainer = L.Trainer(
+            max_epochs=module.num_epochs,
+            reload_dataloaders_every_n_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        trainer.fit(module)
     return time.perf_counter() - start, module.records
 
 

@@ -1,4 +1,4 @@
-"""Activations that are carried from unit to unit are those of a plain forward, to the last bit, wherever they are kept."""
+"""Activations carried from unit to unit are those of a plain forward, to the last bit, wherever they are kept."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def learn(
     last: str,
     tmp_path: Path,
     config: QuantConfig = STATIC,
-    **settings: object,
+    **settings: Any,
 ) -> tuple[Supernet, list[UnitRecord]]:
     """Reconstruct the units up to and with ``last``."""
     values = {"method": "uniform_prefix", "weight_learning_rate": 0.05, "act_learning_rate": 2e-3} | settings

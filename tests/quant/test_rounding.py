@@ -1,4 +1,4 @@
-"""The formulas of soft rounding against values by hand, and learned scales against the gradients of their definition."""
+"""The formulas of soft rounding against values by hand, and learned scales against the gradients of a definition."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -75,8 +74,8 @@ class ActivationStore:
             if hasattr(os, "posix_fallocate"):  # a sparse file would end the process when the disk is full
                 try:
                     os.posix_fallocate(file.fileno(), 0, size)
-                except OSError as error:
-                    raise OSError(error.errno or errno.ENOSPC, os.strerror(error.errno), str(path)) from error
+                except OSError as error:  # it names no file by itself
+                    raise OSError(error.errno, error.strerror, str(path)) from error
             else:
                 file.truncate(size)
         mapped = torch.from_file(str(path), shared=True, size=count, dtype=dtype)

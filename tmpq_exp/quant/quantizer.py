@@ -106,8 +106,8 @@ class WeightQuantizer(Quantizer):
             Groups of input channels share a scale across it, since they are short already.
 
     References:
-        Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020. Li et al., "Q-Diffusion",
-        ICCV 2023: the split at the seam.
+        Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020. Li et al.,
+        "Q-Diffusion", ICCV 2023: the split at the seam.
     """
 
     rounding: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -197,7 +197,8 @@ def learn_unit(
         generator: Which images a step sees.
 
     References:
-        Li et al., "BRECQ", ICLR 2021: block by block, roundings before activation scales.
+        Li et al., "BRECQ", ICLR 2021: block by block, roundings before activation scales. Differs from it in that the
+        unit's activations are quantized while its roundings are learned, which gave lower errors on the embedded model.
     """
     for norm, steps, rate in (
         (WEIGHT_NORM, draws[0], config.weight_learning_rate),
@@ -226,7 +227,7 @@ def _descend(
 ) -> None:
     """Adam on what is learned. One optimizer is as good as one each: whatever was not drawn has no gradient, and Adam
     leaves it and its moments alone."""
-    groups = {learned: {"params": [learned.parameter]} for learned in learning.learned}
+    groups: dict[Learned, dict[str, Any]] = {learned: {"params": [learned.parameter]} for learned in learning.learned}
     for draw in draws:
         for learned in learning.drawn(unit.layers, draw):
             learned.num_steps += 1
@@ -257,11 +258,3 @@ def unit_loss(unit: Unit, data: UnitData, draw: Draw) -> float:
         for batch in torch.arange(count).split(data.batch_size):  # type: ignore[no-untyped-call]
             total += len(batch) * float(reconstruction_loss(*data.run(unit, batch), WEIGHT_NORM))
     return total / count
-
-
-def float_activations(layers: Sequence[QuantLayer], draw: Draw) -> Draw:
-    """The same weights with float activations."""
-    return [
-        LayerSetting() if isinstance(layer, QuantAttentionProducts) else replace(setting, act_bits=FLOAT_BITS)
-        for layer, setting in zip(layers, draw, strict=True)
-    ]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from tmpq_exp.quant.layers import WeightedLayer
 from tmpq_exp.quant.primitives import integer_range
@@ -75,15 +74,15 @@ class _FakeQuantize(torch.autograd.Function):
         return ratio.round().clamp_(low, high).mul_(scale)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (gradient,) = gradients
-        ratio, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        low, high = ctx.limits  # type: ignore[attr-defined]
+        ratio, scale = ctx.saved_tensors
+        low, high = ctx.limits
         rounded = ratio.round()
         inside = (rounded >= low) & (rounded <= high)
         for_input = gradient * inside
         for_scale = None
-        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+        if ctx.needs_input_grad[1]:
             for_scale = (gradient * rounded.clamp_(low, high)).sub_(for_input * ratio).sum_to_size(scale.shape)
         return for_input, for_scale, None, None
 
@@ -99,7 +98,7 @@ def learnable_fake_quantize(x: Tensor, scale: Tensor, low: Any, high: Any) -> Te
     References:
         Esser et al., "Learned Step Size Quantization", ICLR 2020, equation (3), without its gradient scaling.
     """
-    result: Tensor = _FakeQuantize.apply(x, scale, low, high)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantize.apply(x, scale, low, high)
     return result
 
 

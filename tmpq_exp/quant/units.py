@@ -95,8 +95,8 @@ def _partition(supernet: Supernet) -> list[Unit]:
 def find_last_uses(supernet: Supernet, units: Sequence[Unit], run_forward: Callable[[nn.Module], Any]) -> list[int]:
     """For every unit the index of the last unit that takes its output directly; its own index if none does.
 
-    One forward in which the output of every unit is a fresh leaf: what has a gradient at another unit's input reached it
-    through nothing but the code between units.
+    One forward in which the output of every unit is a fresh leaf: what has a gradient at another unit's input reached
+    it through nothing but the code between units.
 
     Args:
         supernet: The network that was cut; it runs at its present setting.
