@@ -51,7 +51,14 @@ ORDER = (
     "metrics",
     "metrics.fidelity",
     "metrics.frechet",
+    "quant.seams",
     "quant.supernet",
+    "quant.states",
+    "quant.units",
+    "quant.activations",
+    "quant.rounding",
+    "quant.reconstruction",
+    "quant.blockwise",
     "quant.calibration",
     "winograd.scales",
     # (4) run directory, search, recipe, tracking, report
@@ -83,6 +90,7 @@ ORDER = (
     "results",
     "train",
     "pricing",
+    "states",
     "pipeline",
     # (6) the doors: the package's public names, and the command line
     "",

@@ -119,6 +119,7 @@ def make_report(num_allocations: int = 1) -> dict[str, Any]:
             entry("w8a8", 8, 17.1, 24.1), entry("w6a6", 6, 20.4, 19.2),
         ],
         "best": best, "front": [entry(f"trial-{i}", 6 - i / 2, 17.6 + i, 20.0) for i in range(3)],
+        "calibration": [],
         "winograd": [
             {"m": m, "points": ["0", "1", "-1", "2", "-2", "inf"], "eligible_layers": LAYERS[3:20],
              "ineligible_layers": reason,

@@ -85,12 +85,15 @@ class QuantConfig:
         weight: Quantizer of convolution and linear weights.
         act: Quantizer of their inputs, and of q, k and v.
         softmax_bits: Bits of the softmax output before it meets v, fixed for all candidates.
+        split_shortcuts: Where a block's input is a concatenation, as in the up path of a U-Net, quantize its two sides
+            apart: they differ in range. For static per-tensor activations and per-channel or per-tensor weights.
         cache_max_bytes: Memory cap of quantized weights kept ready for use.
     """
 
     weight: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(Granularity.PER_CHANNEL.value))
     act: QuantizerConfig = field(default_factory=QuantizerConfig)
     softmax_bits: int = 8
+    split_shortcuts: bool = True
     cache_max_bytes: int = 512 * 2**20
 
     def __post_init__(self) -> None:
@@ -166,22 +169,50 @@ class WinogradConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Range estimation on states of the float sampling trajectory.
+    """Quantizer parameters from states of the float sampling trajectory.
 
     Args:
+        method: ``ranges``: estimated ranges, rounding to nearest. ``uniform_prefix``: block by block, each bit width
+            learned behind a network at that width. ``sampled``: block by block, a bit width drawn for each layer and
+            iteration.
+        states: File of calibration states made by ``task=states``; null makes them from the model, or takes those
+            that were made before.
         num_images: Trajectories, at least 1.
         num_timesteps: States a trajectory, at equal distances; at least 1.
         max_values: Activation values kept for each quantizer (a seeded sample of them), at least 1024.
+        weight_iterations: Adam steps of the rounding of a block at each bit width, at least 0.
+        act_iterations: Adam steps of its activation scales at each bit width, at least 0.
+        batch_size: States a step, at least 1.
+        weight_learning_rate: Of the rounding's logits, above 0.
+        act_learning_rate: Of the activation scales, falling to 0 along a cosine; above 0.
+        max_cache_bytes: Memory cap of kept activations; what is beyond it goes to files in the run directory.
     """
 
+    method: str = "ranges"
+    states: str | None = None
     num_images: int = 32
     num_timesteps: int = 20
     max_values: int = 2**14
+    weight_iterations: int = 0
+    act_iterations: int = 0
+    batch_size: int = 16
+    weight_learning_rate: float = 1e-3
+    act_learning_rate: float = 4e-4
+    max_cache_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:
+        if self.method not in ("ranges", "uniform_prefix", "sampled"):
+            raise UserError(f"calibration.method must be ranges, uniform_prefix or sampled, found {self.method!r}")
         _check_at_least("calibration.num_images", self.num_images, 1)
         _check_at_least("calibration.num_timesteps", self.num_timesteps, 1)
         _check_at_least("calibration.max_values", self.max_values, 1024)
+        _check_at_least("calibration.weight_iterations", self.weight_iterations, 0)
+        _check_at_least("calibration.act_iterations", self.act_iterations, 0)
+        _check_at_least("calibration.batch_size", self.batch_size, 1)
+        _check_at_least("calibration.max_cache_bytes", self.max_cache_bytes, 0)
+        for name in ("weight_learning_rate", "act_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"calibration.{name} must be above 0, found {getattr(self, name)}")
 
 
 @dataclass
@@ -394,10 +425,12 @@ class PathsConfig:
 
     Args:
         output_dir: Root of run directories.
+        cache_dir: Where calibration states are kept for other runs.
         run_dir: This run's directory; set from Hydra.
     """
 
     output_dir: str = "outputs"
+    cache_dir: str = "outputs/.cache"
     run_dir: str = MISSING
 
 
@@ -406,7 +439,7 @@ class Config:
     """Everything a job is told; the groups of ``conf/`` fill it.
 
     Args:
-        task: What to do, a partial ``_target_``: ``run``, ``train`` or ``cost``.
+        task: What to do, a partial ``_target_``: ``run``, ``train``, ``states`` or ``cost``.
         tier: ``full`` or ``smoke``; only its name is kept.
         executor: Who scores candidates: ``local``.
         model: The float model, a ``_target_``.

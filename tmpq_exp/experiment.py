@@ -66,16 +66,19 @@ class Experiment:
     on_trial: Callable[[Trial], None]
     device: torch.device
     winograd: dict[int, tuple[WinogradSpec, WinogradScales]] = field(default_factory=dict)
+    calibration: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
         """Layers in the order of every allocation."""
         return self.cost.layers
 
-    def trainer(self, name: str, total: int, **arguments: Any) -> L.Trainer:
-        """A Trainer from the trainer group, with a progress bar of ``total`` units."""
+    def trainer(self, name: str, total: int, *, count_epochs: bool = False, **arguments: Any) -> L.Trainer:
+        """A Trainer from the trainer group, with a progress bar of ``total`` batches or epochs."""
         trainer: L.Trainer = instantiate(self.config.trainer)(
-            callbacks=[StageProgress(name, total)], default_root_dir=self.run.path, **arguments
+            callbacks=[StageProgress(name, total, count_epochs=count_epochs)],
+            default_root_dir=self.run.path,
+            **arguments,
         )
         return trainer
 

@@ -1,8 +1,8 @@
 """The recipe: everything that turns the float model into the best candidate again, as JSON and safetensors.
 
 ``recipe.json`` holds the kept timesteps, the allocation and the Winograd scales; ``recipe.safetensors`` beside it holds
-scales and zero points at the chosen bits. No weights: they are the float model's, named by their hash. A recipe from a
-stranger is data only, nothing in it is imported, evaluated or unpickled.
+scales, zero points and learned roundings at the chosen bits. No weights: they are the float model's, named by their
+hash. A recipe from a stranger is data only, nothing in it is imported, evaluated or unpickled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tmpq_exp.zoo.embedded import EmbeddedDDPM
 from tmpq_exp.zoo.task import DiffusionTask, task_layers
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
-RECIPE_SCHEMA = 1
+RECIPE_SCHEMA = 2
 EMBEDDED_MODELS: dict[str, type[EmbeddedDDPM]] = {model.name: model for model in (DigitsDDPM, CifarDDPM)}
 """Models that a recipe may name; for any other one ``apply_recipe`` is given the float task."""
 

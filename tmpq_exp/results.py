@@ -91,6 +91,7 @@ def assemble_report(
         "baselines": [entry(finals[name], name, weighted) for name in baselines],
         "best": best | {"hadamard_bitops": hadamard},
         "front": [entry(trial, trial.key, weighted) for trial in front(searched, metric)],
+        "calibration": experiment.calibration,
         "winograd": [{key: value for key, value in tile.items() if key != "scales"} for tile in winograd],
         "winograd_choice": f"f{config.winograd.tile}" if config.winograd.tile else "none",
         "search": {

@@ -165,6 +165,7 @@ _FILES = {
     "environment": "environment.json",
     "stages": "stages.json",
     "trials": "trials.jsonl",
+    "calibration": "calibration",
     "supernet": "supernet.safetensors",
     "recipe": "recipe.json",
     "recipe_state": "recipe.safetensors",

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from tmpq_exp.config import UserError
 from tmpq_exp.cost import ConvShape, is_eligible
 from tmpq_exp.experiment import Experiment, examined_tiles, make_search, random_candidates, winograd_spec
 from tmpq_exp.progress import StageBar
+from tmpq_exp.quant.activations import ActivationStore
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.quant.calibration import CalibrationModule, trajectory_states
+from tmpq_exp.quant.calibration import CalibrationModule, UnitFiles
+from tmpq_exp.quant.states import cached_states, trajectory_states
 from tmpq_exp.rundir import bad_input, digest
 from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.evidence import best_so_far, evenly_spread, mean_interval, rank_correlation
@@ -32,33 +35,40 @@ from tmpq_exp.winograd.scales import ConvWeight, input_sqnr_db, learn_scales, ne
 from tmpq_exp.winograd.transform import WinogradScales, closed_form_scales, ineligible_reason, standard_scales
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
+RESULT_FREE = ("states", "max_cache_bytes")
+"""Settings of the calibration that change nothing but where things are: states count by what they hold."""
+
 REPORTED_BITS = 8
 """Bits of all Winograd stages behind the reported SQNR."""
 
 
 def calibrate(experiment: Experiment) -> None:
-    """Set all quantizers, or read them back if the same calibration was done before."""
+    """Set all quantizers, or read them back if the same calibration was done before; goes on behind a killed one."""
     config, supernet = experiment.config, experiment.module.supernet
+    experiment.module.to(experiment.device)
+    with bad_input():
+        states, source = cached_states(experiment.task, config.calibration, config.seed, Path(config.paths.cache_dir))
     choices = [[q.bit_choices for _, q in layer.quantizers()] for layer in supernet.layers]
-    schedule = content_hash({"alphas_cumprod": experiment.task.alphas_cumprod})
-    inputs = [
-        experiment.task.weights_hash,
-        schedule,
-        asdict(config.calibration),
-        asdict(config.quant),
-        choices,
-        config.seed,
-    ]
-    path = experiment.run.supernet
+    settings = {key: value for key, value in asdict(config.calibration).items() if key not in RESULT_FREE}
+    seen = content_hash({f"{state.timestep}": state.x for state in states})
+    inputs = [experiment.task.weights_hash, seen, settings, asdict(config.quant), choices, config.seed]
+    path, folder = experiment.run.supernet, experiment.run.calibration
 
-    def compute() -> None:
-        experiment.module.to(experiment.device)
-        states = trajectory_states(experiment.task, config.calibration, config.seed)
-        module = CalibrationModule(supernet, states, config.calibration, config.seed)
-        experiment.trainer("calibrate", len(states), max_epochs=1).fit(module)
-        write_tensors(path, supernet.quantizer_state(), {"model": experiment.task.name, "inputs": digest(inputs)})
+    def compute() -> list[dict[str, Any]]:
+        files = UnitFiles(folder, digest(inputs))
+        store = ActivationStore(config.calibration.max_cache_bytes, folder / "activations", experiment.device)
+        with store, bad_input():
+            module = CalibrationModule(supernet, states, config.calibration, config.seed, store, files)
+            total = module.num_epochs
+            experiment.trainer(
+                "calibrate", total, count_epochs=True, max_epochs=total, reload_dataloaders_every_n_epochs=1
+            ).fit(module)
+        metadata = {"model": experiment.task.name, "inputs": digest(inputs), "states": str(source)}
+        write_tensors(path, supernet.quantizer_state(), metadata)
+        files.remove()
+        return [asdict(record) for record in module.records]
 
-    experiment.run.stage("calibrate", inputs, [path], compute)
+    experiment.calibration = experiment.run.stage("calibrate", inputs, [path], compute)
     with bad_input("; remove it to calibrate again"):
         state, metadata = read_tensors(path, "quantizers of the supernet")
         if metadata.get("inputs") != digest(inputs):
@@ -143,8 +153,8 @@ def _conv_weight(network: nn.Module, name: str) -> ConvWeight:
 @torch.inference_mode()
 def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]:
     """Inputs of these layers on eight states in the middle of a float trajectory."""
-    config = experiment.config.calibration
-    states = trajectory_states(experiment.task, type(config)(8, config.num_timesteps, config.max_values), 0)
+    num_timesteps = experiment.config.calibration.num_timesteps
+    states = trajectory_states(experiment.task, 8, num_timesteps, 0)
     state = states[len(states) // 2]
     found: dict[str, Tensor] = {}
     network = experiment.task.unet

@@ -28,7 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tmpq_exp.config import QuantConfig, QuantizerConfig
+from tests.benchmarks.calibration import demo_config, demo_seconds, loss_ratio
+from tmpq_exp.config import CalibrationConfig, QuantConfig, QuantizerConfig
 from tmpq_exp.cost import AttentionShape, CostModel
 from tmpq_exp.diffusion.schedule import TimestepRule, group_minima, timestep_groups
 from tmpq_exp.files import replace_file
@@ -52,6 +53,11 @@ IMAGES_GOAL_SECONDS = 10.0
 
 CANDIDATES_GOAL = 1000.0
 """Fewest feasible candidates a second, with bits shared by all steps."""
+CALIBRATION_GOAL_SECONDS = 60.0
+"""Most seconds for the calibration of ddpm_digits at four bit widths."""
+
+LOSS_GOAL = 1.1
+"""Most times that the loss at W5A5 may be larger than with ten times as many iterations."""
 
 BITS, SOFTMAX_BITS = 6, 8
 
@@ -257,6 +263,20 @@ def image_seconds(num_images: int, num_steps: int, rounds: int) -> Measurement:
     return measurement(f"{num_images} float digits at {num_steps} steps", values, "s", IMAGES_GOAL_SECONDS)
 
 
+def calibration_seconds(calibration: CalibrationConfig) -> Measurement:
+    """Seconds of a block-wise calibration of ddpm_digits; its iterations are in the name."""
+    iterations = f"{calibration.weight_iterations} + {calibration.act_iterations} iterations"
+    name = f"calibration={calibration.method}, ddpm_digits, {iterations}"
+    return measurement(name, [demo_seconds(calibration)], "s", CALIBRATION_GOAL_SECONDS)
+
+
+def calibration_loss(calibration: CalibrationConfig) -> Measurement:
+    """Reconstruction loss at W5A5 over that of ten times as many iterations."""
+    iterations = f"{calibration.weight_iterations} + {calibration.act_iterations}"
+    name = f"loss at W5A5, {iterations} iterations / ten times as many"
+    return measurement(name, [loss_ratio(calibration)], "x", LOSS_GOAL)
+
+
 def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
     """All benchmarks by the name that ``--only`` looks for."""
     few = max(3, rounds // 2)
@@ -268,6 +288,8 @@ def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
         "candidates": lambda: candidate_rate(500, rounds),
         "candidates per_step": lambda: candidate_rate(200, rounds, None, bits_per_step="per_step"),
         "images": lambda: image_seconds(512, 10, few),
+        "calibration seconds": lambda: calibration_seconds(demo_config().calibration),
+        "calibration loss": lambda: calibration_loss(demo_config().calibration),
     }
 
 

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tmpq_exp.config import CalibrationConfig
+
 
 @pytest.fixture(scope="module")
 def bench() -> SimpleNamespace:
@@ -37,6 +39,13 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
     assert all(line["ratio"] > 0 for line in lines)
     assert [line["met"] is None for line in lines] == [False, False, False, False]
     assert bench.table(measurements).row_count == 4
+
+
+@pytest.mark.slow
+def test_the_calibration_benchmarks_run(bench: SimpleNamespace) -> None:
+    tiny = CalibrationConfig("uniform_prefix", None, 2, 2, 1024, weight_iterations=1, act_iterations=1)
+    assert bench.calibration_seconds(tiny).ratio > 0
+    assert bench.calibration_loss(tiny).ratio > 0
 
 
 def test_the_cifar_network_is_the_one_of_the_papers(bench: SimpleNamespace) -> None:

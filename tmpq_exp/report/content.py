@@ -29,6 +29,7 @@ REPORT_KEYS: Mapping[str, str] = {
     "baselines": "entries float_reference, float_k, w8a8 and w6a6 on the final seeds",
     "best": "entry of the model that is shipped on the final seeds, plus metrics_supernet, candidate, layers, weighted",
     "front": "entries that no other one beats in both quality and BitOPs",
+    "calibration": "[{unit, bits, loss_before, loss_after}]: squared output error of every block; empty for ranges",
     "winograd": "one element a tile, see WINOGRAD_KEYS; empty if no tile was examined",
     "search": "see SEARCH_KEYS",
     "evidence": "how far the search's figures can be trusted, see EVIDENCE_KEYS",

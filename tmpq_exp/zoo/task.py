@@ -58,6 +58,13 @@ class DiffusionTask:
             return {}
         return {"class_labels": torch.tensor([int(i) % self.num_classes for i in image_indices])}
 
+    def probe(self, unet: nn.Module) -> Any:
+        """One call of a network like ``unet`` with one image of zeros, to look at its layers."""
+        device = next(unet.parameters()).device
+        conditioning = {key: value.to(device) for key, value in self.conditioning([0]).items()}
+        x = torch.zeros(1, *self.sample_shape, device=device)
+        return unet(x, torch.zeros(1, dtype=torch.long, device=device), **conditioning)
+
     def sample(
         self,
         unet: nn.Module,
