@@ -167,7 +167,7 @@ def same(a: Reconstructed, b: Reconstructed) -> bool:
     return a.state.keys() == b.state.keys() and all(torch.equal(a.state[key], b.state[key]) for key in a.state)
 
 
-@pytest.mark.parametrize("method", ["uniform_prefix", "sampled"])
+@pytest.mark.parametrize("method", [pytest.param("uniform_prefix", marks=pytest.mark.slow), "sampled"])
 def test_a_killed_calibration_goes_on_behind_its_last_unit(
     cross_attention: Case, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,12 +71,12 @@ def learn(
     return supernet, records
 
 
-@pytest.mark.parametrize("method", ["uniform_prefix", "sampled"])
+@pytest.mark.parametrize("method", ["uniform_prefix", pytest.param("sampled", marks=pytest.mark.slow)])
 def test_learning_lowers_the_error_of_real_blocks(
     digits: Case, task: DiffusionTask, method: str, tmp_path: Path
 ) -> None:
-    states = trajectory_states(task, 8, 3, 0)
-    settings = {"method": method, "weight_iterations": 40, "act_iterations": 20, "weight_learning_rate": 0.1}
+    states = trajectory_states(task, 8, 5, 0)
+    settings = {"method": method, "weight_iterations": 60, "act_iterations": 20}
     supernet, records = learn(digits, states, "down_blocks.0.downsamplers.0.conv", tmp_path, **settings)
     found = {(record.unit, record.bits): record.loss_after / record.loss_before for record in records}
     assert len(found) == 10
