@@ -86,7 +86,9 @@ ORDER = (
     "report",
     # (5) the line, and its parts
     "experiment",
+    "calibrating",
     "stages",
+    "weighing",
     "results",
     "train",
     "pricing",

@@ -310,6 +310,33 @@ def test_another_budget_and_a_random_search_reuse_what_was_measured(
     assert again["best"]["bitops"] > report["budget"]["bitops"]
 
 
+def test_a_winner_calibrated_for_its_own_bits(tmp_path: Path) -> None:
+    learned = ("calibration=sampled", "calibration.weight_iterations=4", "calibration.act_iterations=2")
+    again = ("evaluation.recalibrate=true", "evaluation.recalibrated_candidates=2", "search.num_generations=1")
+    run_here(tmp_path / "run", *learned, *again, f"paths.cache_dir={tmp_path / 'cache'}")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    trials = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").read_bytes().splitlines()]
+    best, recalibration = report["best"], report["best"]["recalibration"]
+    scores = recalibration["selection"]
+    assert recalibration["shipped"] == min(scores, key=lambda name: scores[name])
+    measured = {"supernet": best["metrics_supernet"], "recalibrated": recalibration["metrics_recalibrated"]}
+    assert best["metrics"] == measured[recalibration["shipped"]]
+    assert measured["supernet"] != measured["recalibrated"]
+    (supernet,) = {trial["state"] for trial in trials if trial["phase"] == "search"}
+    own = {(trial["key"], trial["state"]) for trial in trials if trial["state"] != supernet}
+    assert len(own) == len(dict(own)) in (2, 3)  # each candidate by its own network; the winner may be one of the two
+    correlation = report["evidence"]["rank_correlation"][1]
+    assert "subnets calibrated for their own bits" in correlation["between"]
+    assert correlation["num_candidates"] == 2
+    model = apply_recipe(tmp_path / "run" / "recipe.json")
+    assert model.sample(4, best["seed"]).isfinite().all()
+
+
+def test_calibrating_again_needs_a_calibration_that_learns(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.recalibrate: calibration=ranges finds the same ranges again"):
+        run_here(tmp_path / "run", "calibration=ranges", "evaluation.recalibrate=true")
+
+
 def test_a_search_seed_of_its_own_changes_the_search_alone(smoke: Path, report: dict[str, Any], tmp_path: Path) -> None:
     run_here(tmp_path / "run", "search_seed=7", f"reuse=[{smoke}]", "search.num_generations=1")
     again = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -105,7 +105,8 @@ def make_report(num_allocations: int = 1) -> dict[str, Any]:
     chosen = min(trials, key=lambda record: record["metrics"]["fd_digits"])
     shipped = candidate(chosen["index"], num_allocations)
     best = entry("best", 5.7, 17.62, 21.4, shipped.timesteps) | {
-        "metrics_supernet": {"fd_digits": 17.9}, "candidate": shipped.to_json(), "layers": LAYERS, "weighted": WEIGHTED,
+        "metrics_supernet": {"fd_digits": 17.9}, "recalibration": None,
+        "candidate": shipped.to_json(), "layers": LAYERS, "weighted": WEIGHTED,
     }  # fmt: skip
     reason = [
         {"name": "conv_in", "reason": "stride 2"},
@@ -404,6 +405,14 @@ def test_page_shows_intervals_noise_and_the_random_search(tmp_path: Path) -> Non
         "Seeds: search 1, selection 2, final 3",
     ):
         assert said in page.text, said
+    assert "Calibrated again" not in page.text
+    report = make_report()
+    report["best"]["recalibration"] = {
+        "shipped": "recalibrated", "selection": {"supernet": 18.5, "recalibrated": 18.25},
+        "metrics_recalibrated": {"fd_digits": 17.625},
+    }  # fmt: skip
+    said = "measures 17.62 on the final seeds, inside the supernet 17.90. Shipped: recalibrated"
+    assert said in render(tmp_path, report)[1].text
     report = make_report()
     report["evidence"]["score_noise"] |= {"scores": [17.0], "over_seeds": {"mean": None, "interval": None}}
     report["evidence"]["progress"]["random"] = []

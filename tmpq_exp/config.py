@@ -357,6 +357,9 @@ class EvaluationConfig:
         ranked_candidates: Candidates from best to worst that are scored once more on ``num_images``, to show how far
             the search's ranking holds.
         random_control: Score as many random candidates as the search did, under the same budget.
+        recalibrated_candidates: Candidates from best to worst that are calibrated for their own bits and scored once
+            more, to show how far the supernet's ranking is theirs.
+        recalibrate: Calibrate the winner for its own bits, and ship that where it is better on the selection's images.
     """
 
     metric: Any = MISSING
@@ -371,6 +374,8 @@ class EvaluationConfig:
     noise_seeds: int = 3
     ranked_candidates: int = 6
     random_control: bool = True
+    recalibrated_candidates: int = 0
+    recalibrate: bool = False
 
     def __post_init__(self) -> None:
         _check_at_least("evaluation.num_images", self.num_images, 2)
@@ -388,7 +393,7 @@ class EvaluationConfig:
                 "evaluation.baseline_spacings must hold quadratic, and leading or trailing beside it, "
                 f"found {self.baseline_spacings}"
             )
-        for name in ("bootstrap", "noise_seeds", "ranked_candidates"):
+        for name in ("bootstrap", "noise_seeds", "ranked_candidates", "recalibrated_candidates"):
             _check_at_least(f"evaluation.{name}", getattr(self, name), 0)
         if self.bootstrap == 1:
             raise UserError("evaluation.bootstrap must be 0 or at least 2, found 1")
@@ -477,6 +482,12 @@ class Config:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
+        again = self.evaluation.recalibrate or self.evaluation.recalibrated_candidates
+        if again and self.calibration.method == "ranges":
+            raise UserError(
+                "evaluation.recalibrate: calibration=ranges finds the same ranges again; choose calibration=sampled "
+                "or calibration=uniform_prefix"
+            )
         _check_at_least("seed", self.seed, 0)
         if self.search_seed is not None:
             _check_at_least("search_seed", self.search_seed, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -95,6 +97,21 @@ class Experiment:
         return self.schedule(num_steps, TimestepSpacing.QUADRATIC)
 
     @property
+    def selection_images(self) -> int:
+        """Images on which finalists are compared."""
+        config = self.config.evaluation
+        return config.num_images if config.selection_images is None else config.selection_images
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the time inside for a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.run.add_stage_seconds(name, time.perf_counter() - start)
+
+    @property
     def search_seed(self) -> int:
         """Seed of what the search draws and of the images it scores."""
         return self.config.seed if self.config.search_seed is None else self.config.search_seed
@@ -125,21 +142,24 @@ class Experiment:
                     named[f"w{bits}a{bits}_{spacing}"] = other
         return named
 
-    def objective(self, stream: str, num_images: int, **arguments: Any) -> Objective:
-        """Objective on the image stream of this name; a Trainer's stage may have left the supernet on the CPU.
+    def objective(
+        self, stream: str, num_images: int, module: SupernetModule | None = None, **arguments: Any
+    ) -> Objective:
+        """Objective on the image stream of this name; a Trainer's stage may have left the network on the CPU.
 
         Args:
             stream: Name of the image stream; that of ``search`` follows the search's seed.
             num_images: Images a candidate.
+            module: Network that makes them; None takes the supernet.
             arguments: Further ones of ``Objective``.
         """
-        self.module.to(self.device)
+        module = (module or self.module).to(self.device)
         seed = self.search_seed if stream == "search" else self.config.seed
         protocol = Protocol(num_images, stream_seed(seed, stream), self.config.evaluation.micro_batch)
-        state = content_hash(self.module.supernet.quantizer_state())
+        state = content_hash(module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
         return Objective(
-            self.module,
+            module,
             self.metric,
             protocol,
             self.cost,

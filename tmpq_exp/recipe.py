@@ -97,7 +97,7 @@ def write_recipe(
         evidence: What was measured, kept for the reader.
     """
     layers = module.supernet.shapes
-    choices = _choices(candidate)
+    choices = bit_choices(candidate)
     compressed = SupernetModule(module.task, layers, *choices, module.supernet.config)
     held = dict(module.supernet.named_quantizers())
     for name, quantizer in compressed.supernet.named_quantizers():
@@ -125,7 +125,7 @@ def write_recipe(
     write_json(path, recipe)
 
 
-def _choices(candidate: Candidate) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def bit_choices(candidate: Candidate) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Bit widths that a candidate uses, one entry a layer, without float."""
 
     def used(per_step: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -181,7 +181,7 @@ def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) ->
     micro_batch = recipe["micro_batch"]
     if type(micro_batch) is not int or micro_batch < 1:
         raise ValueError(f"micro_batch must be an integer of at least 1, found {micro_batch!r}")
-    module = SupernetModule(task, layers, *_choices(candidate), _quant_config(recipe["quant"]))
+    module = SupernetModule(task, layers, *bit_choices(candidate), _quant_config(recipe["quant"]))
     state_path = path.parent / Path(recipe["state"]["file"]).name  # a name, never a path out of the recipe's folder
     state, _ = read_tensors(state_path, "quantizer state of the recipe")
     found = hashlib.sha256(state_path.read_bytes()).hexdigest()

@@ -18,6 +18,7 @@ from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective, label
 from tmpq_exp.search.trials import Trial
 from tmpq_exp.seeding import stream_seed
+from tmpq_exp.stages import Shipped
 
 SAMPLE_COLUMNS = 12
 
@@ -52,7 +53,7 @@ def assemble_report(
     experiment: Experiment,
     winograd: list[dict[str, Any]],
     algorithm: Search,
-    winner: Candidate,
+    shipped: Shipped,
     finals: dict[str, Trial],
     evidence: dict[str, Any],
     search_objective: Objective,
@@ -65,8 +66,17 @@ def assemble_report(
     searched = [trial for trial in experiment.trials.of_phase("search") if search_objective.covers(trial)]
     seconds = experiment.run.stage_seconds()
     best = entry(finals["best"], "best", weighted)
+    winner = shipped.candidate
+    in_supernet = "best" if shipped.module is experiment.module else "best_other"
     best |= {
-        "metrics_supernet": finals["best"].metrics,  # the shipped subnet is the supernet's own, not re-calibrated
+        "metrics_supernet": finals[in_supernet].metrics,
+        "recalibration": None
+        if shipped.other is None
+        else {
+            "shipped": "supernet" if in_supernet == "best" else "recalibrated",
+            "selection": shipped.selection,
+            "metrics_recalibrated": finals["best_other" if in_supernet == "best" else "best"].metrics,
+        },
         "candidate": winner.to_json(),
         "layers": [shape.name for shape in experiment.layers],
         "weighted": weighted,
@@ -163,7 +173,7 @@ def _budget_name(experiment: Experiment) -> str:
     return "bitops" if budget.bitops is not None else f"w{budget.weight_bits}a{budget.act_bits}"
 
 
-def sample_rows(experiment: Experiment, winner: Candidate, seed: int) -> list[tuple[str, Tensor]]:
+def sample_rows(experiment: Experiment, shipped: Shipped, seed: int) -> list[tuple[str, Tensor]]:
     """Labelled rows of images at the same final seeds: every baseline, and the best found."""
     config = experiment.config
     baselines = experiment.baselines()
@@ -171,9 +181,10 @@ def sample_rows(experiment: Experiment, winner: Candidate, seed: int) -> list[tu
         "float_reference": f"float, {config.evaluation.reference_steps} steps",
         "float_k": f"float, {config.space.num_inference_steps} steps",
     } | {f"w{bits}a{bits}": f"W{bits}A{bits}" for bits in config.evaluation.baseline_bits}
-    rows = {label: baselines[name] for name, label in names.items()} | {"best found": winner}
+    rows = [(label, baselines[name], experiment.module) for name, label in names.items()]
+    rows.append(("best found", shipped.candidate, shipped.module))
     indices = range(min(SAMPLE_COLUMNS, config.evaluation.num_images))
-    return [(label, experiment.module.images(candidate, indices, seed).cpu()) for label, candidate in rows.items()]
+    return [(label, module.images(candidate, indices, seed).cpu()) for label, candidate, module in rows]
 
 
 def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:

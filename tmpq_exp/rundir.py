@@ -166,6 +166,7 @@ _FILES = {
     "stages": "stages.json",
     "trials": "trials.jsonl",
     "calibration": "calibration",
+    "recalibrated": "recalibrated",
     "supernet": "supernet.safetensors",
     "recipe": "recipe.json",
     "recipe_state": "recipe.safetensors",

@@ -54,6 +54,7 @@ ENTRY_KEYS: Mapping[str, str] = {
 
 BEST_KEYS: Mapping[str, str] = {
     "metrics_supernet": "metrics of the same candidate inside the supernet, before it was specialized",
+    "recalibration": "null, or {shipped, selection, metrics_recalibrated}: the candidate calibrated for its own bits",
     "candidate": "{timesteps, allocations}: the candidate itself, as in the recipe",
     "layers": "names of the quantized layers in the order of the allocation",
     "weighted": "one boolean a layer: false for attention products, which have no weights",

@@ -24,8 +24,9 @@ class Trial:
     Args:
         index: Line number in the file, from 0.
         phase: ``proxy`` (a cheap look at few images), ``search`` (scored by the search), ``random`` (by the random
-            search beside it), ``baseline`` (uniform bits under the search's protocol), ``noise`` (the winner on other
-            seeds), ``selection`` (finalists on a second set of seeds) or ``final`` (baselines and winner on a third).
+            search beside it), ``baseline`` (uniform bits under the search's protocol), ``recalibrated`` (under the
+            search's protocol, calibrated for its own bits), ``noise`` (the winner on other seeds), ``selection``
+            (finalists on a second set of seeds) or ``final`` (baselines and winner on a third).
         name: Name of a baseline or of the winner.
         generation: Generation of a search trial.
         key: ``Candidate.key()``.
