@@ -142,7 +142,14 @@ BAD_VALUES = [
     ("winograd.tile", "1", "2..6"),
     ("winograd.tile", "7", "2..6"),
     ("winograd.scales", "best", "standard, closed_form or learned"),
-    ("winograd.group_size", "0", "at least 1"),
+    ("winograd.group_size", "-1", "at least 1, or all"),
+    ("winograd.group_size", "some", "at least 1, or all"),
+    ("winograd.method", "best", "groups, per_tensor, per_tap, bqw_style, fsq_style"),
+    ("winograd.m_scale", "image", "tile or tap"),
+    ("winograd.v_bits", "17", "2..16"),
+    ("winograd.transform_bits", "3", "4..16 or null"),
+    ("winograd.pixel_correlation", "1", "[0, 1)"),
+    ("winograd.learning.noise", "brown", "gaussian, uniform or pink"),
     ("winograd.m_bits", "1", "2..16"),
     ("winograd.learning.num_steps", "-1", "at least 0"),
     ("winograd.learning.layers_per_step", "0", "at least 1"),
@@ -203,6 +210,7 @@ def test_a_value_out_of_range_is_named_with_what_is_accepted(
         ("space.weight_bits=[]", "must not be empty"),
         ("space.act_bits=[8,8]", "must not repeat"),
         ("winograd.report_tiles=[2,7]", "2..6, found 7"),
+        ("winograd.shaped_stages=[u,x]", "u, v or m, found 'x'"),
     ],
 )
 def test_bad_entries_of_lists_are_named(override: str, found: str) -> None:

@@ -46,10 +46,11 @@ def test_a_supernet_moves_to_the_gpu_and_back() -> None:
 
 
 @pytest.mark.parametrize("m", [2, 4, 6])
-def test_winograd_on_the_gpu_is_close_to_the_cpu(m: int) -> None:
+@pytest.mark.parametrize("shaped_stages", [(), ("u", "v", "m")])
+def test_winograd_on_the_gpu_is_close_to_the_cpu(m: int, shaped_stages: tuple[str, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 48, 17, 16, generator=generator), torch.randn(32, 48, 3, 3, generator=generator)
-    spec = WinogradSpec(m)
+    spec = WinogradSpec(m, shaped_stages=shaped_stages)
     matrices = WinogradMatrices.from_scales(spec.transform())
     on_gpu = matrices.to(device="cuda")
     y = winograd_conv2d(x, transform_weights(weight, matrices, spec, 8), None, matrices, spec, 8, 1)

@@ -36,7 +36,15 @@ from tmpq_exp.zoo.weights import read_tensors
 SMOKE = ("tier=smoke", "logger=none", "num_threads=1")
 FILES = (
     *("config.yaml", "environment.json", "stages.json", "trials.jsonl", "supernet.safetensors"),
-    *("recipe.json", "recipe.safetensors", "report.json", "report.html", "pareto.png", "samples.png"),
+    *(
+        "winograd_scales.json",
+        "recipe.json",
+        "recipe.safetensors",
+        "report.json",
+        "report.html",
+        "pareto.png",
+        "samples.png",
+    ),
 )
 TIMEOUT = 300
 
@@ -259,10 +267,23 @@ def test_winograd_is_judged_for_every_tile(report: dict[str, Any]) -> None:
         assert "stride" in reasons["down_blocks.0.downsamplers.0.conv"]
         assert "1x1" in reasons["up_blocks.0.resnets.0.conv_shortcut"]
         assert set(tile["sqnr_db"]) == set(tile["sqnr_db_activations"]) == {"standard", "closed_form", "learned"}
+        judged = tile["sqnr_db_configured"]
+        kept = tile["sqnr_db_kept"]["configured"]
+        assert kept == pytest.approx(max(judged["learned"], judged["closed_form"]), abs=1e-6)
     f4 = report["winograd"][1]["sqnr_db"]
     assert f4["standard"] < 5
     assert f4["closed_form"] >= f4["standard"] + 10
     assert f4["learned"] >= f4["closed_form"] - 1e-9
+
+
+@pytest.mark.slow
+def test_scales_of_another_run_are_used(smoke: Path, tmp_path: Path) -> None:
+    scales = smoke / "winograd_scales.json"
+    finish(start(tmp_path / "run", "winograd=f4", f"winograd.scales_from={scales}"))
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert recipe["winograd"]["4"]["scales"] == json.loads(scales.read_text())["tiles"]["4"]["scales"]
+    output = finish(start(tmp_path / "other", "winograd=f6", f"winograd.scales_from={scales}"), status=2)
+    assert "holds scales for the tiles 2, 4, not for 6" in output
 
 
 def test_stages_and_environment_are_recorded(report: dict[str, Any], smoke: Path) -> None:

@@ -168,7 +168,7 @@ def edit(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (edit("micro_batch", value=0), "micro_batch must be .* found 0"),
         (edit("quant", "act", "granularity", value="per_pixel"), "per_pixel"),
         (edit("quant", "act", "extra", value=1), "extra"),
-        (edit("winograd", "4", "spec", "group_size", value=0), "group_size"),
+        (edit("winograd", "4", "spec", "group_size", value=-1), "group_size"),
         (edit("winograd", "4", "scales", "s_b", value=[1.0]), "s_b"),
         (edit("state", value={}), "file"),
         (edit("state", "file", value="../../elsewhere.safetensors"), "elsewhere.safetensors"),

@@ -110,12 +110,18 @@ class WinogradLearningConfig:
         learning_rate: Of SGD on the log scales, above 0.
         layers_per_step: Convolutions drawn each step (K in the paper).
         init: Where learning starts: ``closed_form`` or ``standard``.
+        noise: What layers are fed: ``gaussian`` (the paper's), ``uniform`` or ``pink`` (1/f, pixels correlate).
+        per_layer: Every layer learns scales of its own, with ``num_steps`` each; otherwise all share one set.
+        separate_columns: Transforms of rows and of columns have scales of their own.
     """
 
     num_steps: int = 60
     learning_rate: float = 0.02
     layers_per_step: int = 2
     init: str = "closed_form"
+    noise: str = "gaussian"
+    per_layer: bool = False
+    separate_columns: bool = False
 
     def __post_init__(self) -> None:
         _check_at_least("winograd.learning.num_steps", self.num_steps, 0)
@@ -124,6 +130,8 @@ class WinogradLearningConfig:
             raise UserError(f"winograd.learning.learning_rate must be above 0, found {self.learning_rate}")
         if self.init not in ("closed_form", "standard"):
             raise UserError(f"winograd.learning.init must be closed_form or standard, found {self.init!r}")
+        if self.noise not in ("gaussian", "uniform", "pink"):
+            raise UserError(f"winograd.learning.noise must be gaussian, uniform or pink, found {self.noise!r}")
 
 
 @dataclass
@@ -135,9 +143,18 @@ class WinogradConfig:
         report_tiles: Tiles whose SQNR the report compares, whatever ``tile`` says.
         points: ``standard``, ``improved`` or a list of rationals and ``inf``.
         scales: Scales of the transforms used by the searched model: ``standard``, ``closed_form`` or ``learned``.
-        group_size: Elements that share a scale, at least 1; a last group may be shorter.
+        scales_from: ``winograd_scales.json`` of another run: the searched model uses the scales that it kept, instead
+            of ``scales``. The report's figures stay those of this network's own scales.
+        method: Which elements share a scale: ``groups``, or the baselines ``per_tensor``, ``per_tap``, ``bqw_style``
+            and ``fsq_style``; the last one finds scales of its own for the searched tile.
+        group_size: Elements that share a scale, at least 1, or ``all`` (also 0); a last group may be shorter.
         quantize_input, quantize_v, quantize_u, quantize_m: The four stages.
+        input_bits, v_bits, u_bits: Bits of a stage; null follows the layer's own bits.
         m_bits: Bits of the products before the output transform.
+        m_scale: ``tile`` (all taps of a tile share a scale of M) or ``tap`` (each has its own, in groups).
+        transform_bits: Bits of integer transform matrices, 4..16; null keeps them float.
+        shaped_stages: Which of ``u``, ``v`` and ``m`` round with error feedback.
+        pixel_correlation: Correlation of neighbouring pixels that shaping of U assumes, in [0, 1).
         learning: How scales are learned.
     """
 
@@ -145,12 +162,21 @@ class WinogradConfig:
     report_tiles: list[int] = field(default_factory=lambda: [2, 4, 6])
     points: Any = "standard"
     scales: str = "learned"
-    group_size: int = 32
+    scales_from: str | None = None
+    method: str = "groups"
+    group_size: int | str = 32
     quantize_input: bool = True
     quantize_v: bool = True
     quantize_u: bool = True
     quantize_m: bool = True
+    input_bits: int | None = None
+    v_bits: int | None = None
+    u_bits: int | None = None
     m_bits: int = 8
+    m_scale: str = "tile"
+    transform_bits: int | None = None
+    shaped_stages: list[str] = field(default_factory=list)
+    pixel_correlation: float = 0.5
     learning: WinogradLearningConfig = field(default_factory=WinogradLearningConfig)
 
     def __post_init__(self) -> None:
@@ -163,8 +189,35 @@ class WinogradConfig:
             raise UserError(f"winograd.points must be standard, improved or a list of points, found {self.points!r}")
         if self.scales not in ("standard", "closed_form", "learned"):
             raise UserError(f"winograd.scales must be standard, closed_form or learned, found {self.scales!r}")
-        _check_at_least("winograd.group_size", self.group_size, 1)
+        self._check_layout()
+        self._check_stage_bits()
+
+    def _check_layout(self) -> None:
+        if self.group_size == "all":
+            self.group_size = 0
+        if isinstance(self.group_size, str) or self.group_size < 0:
+            raise UserError(f"winograd.group_size must be at least 1, or all, found {self.group_size!r}")
+        methods = ("groups", "per_tensor", "per_tap", "bqw_style", "fsq_style")
+        if self.method not in methods:
+            raise UserError(f"winograd.method must be one of {', '.join(methods)}, found {self.method!r}")
+        if self.m_scale not in ("tile", "tap"):
+            raise UserError(f"winograd.m_scale must be tile or tap, found {self.m_scale!r}")
+        unknown = sorted(set(self.shaped_stages) - {"u", "v", "m"})
+        if unknown:
+            raise UserError(f"winograd.shaped_stages must hold u, v or m, found {unknown[0]!r}")
+        if self.method == "bqw_style" and set(self.shaped_stages) - {"m"}:
+            raise UserError(f"winograd.shaped_stages may hold m only with bqw_style, found {self.shaped_stages}")
+        if not 0 <= self.pixel_correlation < 1:
+            raise UserError(f"winograd.pixel_correlation must be in [0, 1), found {self.pixel_correlation}")
+
+    def _check_stage_bits(self) -> None:
         _check_bits("winograd.m_bits", self.m_bits)
+        for name in ("input_bits", "v_bits", "u_bits"):
+            bits = getattr(self, name)
+            if bits is not None:
+                _check_bits(f"winograd.{name}", bits)
+        if self.transform_bits is not None and not 4 <= self.transform_bits <= 16:
+            raise UserError(f"winograd.transform_bits must be in 4..16 or null, found {self.transform_bits}")
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -33,7 +34,7 @@ from tmpq_exp.search.space import BitsPerStep, SearchSpace
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
-from tmpq_exp.winograd.transform import WinogradScales
+from tmpq_exp.winograd.scales import ScaleSet, read_scales
 from tmpq_exp.zoo.task import CostedModel, DiffusionModel, DiffusionTask, TrainableModel, task_layers
 from tmpq_exp.zoo.weights import content_hash
 
@@ -67,7 +68,7 @@ class Experiment:
     trials: TrialLog
     on_trial: Callable[[Trial], None]
     device: torch.device
-    winograd: dict[int, tuple[WinogradSpec, WinogradScales]] = field(default_factory=dict)
+    winograd: dict[int, tuple[WinogradSpec, ScaleSet]] = field(default_factory=dict)
     calibration: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -208,7 +209,9 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     experiment.budget_bitops = _budget_bitops(experiment)
     experiment.quadratic(config.evaluation.reference_steps)  # what is wrong fails here rather than after the search
     for m in examined_tiles(config):
-        winograd_spec(config, m)
+        spec = winograd_spec(config, m)
+        if m == config.winograd.tile and config.winograd.scales_from is not None:
+            read_scales(Path(config.winograd.scales_from), spec)
     make_search(experiment)
     return experiment
 
@@ -293,12 +296,20 @@ def random_candidates(experiment: Experiment, count: int) -> tuple[Candidate, ..
     return search.ask()
 
 
+WINOGRAD_KERNEL = 3
+"""Kernel size of the convolutions that may run as Winograd."""
+
+
 def examined_tiles(config: Config) -> list[int]:
-    """Tiles that are examined: the reported ones and the one in use."""
-    return sorted({*config.winograd.report_tiles, *([config.winograd.tile] if config.winograd.tile else [])})
+    """Tiles that are examined: the reported ones, of those that listed points fit, and the one in use."""
+    winograd = config.winograd
+    named = isinstance(winograd.points, str)
+    reported = [m for m in winograd.report_tiles if named or len(winograd.points) == m + WINOGRAD_KERNEL - 1]
+    return sorted({*reported, *([winograd.tile] if winograd.tile else [])})
 
 
 def winograd_spec(config: Config, m: int) -> WinogradSpec:
-    winograd = config.winograd
-    stages = {name: getattr(winograd, name) for name in ("quantize_input", "quantize_v", "quantize_u", "quantize_m")}
-    return WinogradSpec(m, points=winograd.points, group_size=winograd.group_size, m_bits=winograd.m_bits, **stages)
+    """The specification that the configuration asks for, at a tile."""
+    of_config = {field.name for field in fields(config.winograd)}
+    shared = [field.name for field in fields(WinogradSpec) if field.name in of_config]
+    return WinogradSpec(m, **{name: getattr(config.winograd, name) for name in shared})

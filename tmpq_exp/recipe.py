@@ -23,7 +23,7 @@ from tmpq_exp.quant.primitives import integer_range
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import write_json
 from tmpq_exp.winograd.conv import WinogradSpec
-from tmpq_exp.winograd.transform import WinogradScales
+from tmpq_exp.winograd.scales import ScaleSet
 from tmpq_exp.zoo.cifar import CifarDDPM
 from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.embedded import EmbeddedDDPM
@@ -81,7 +81,7 @@ def write_recipe(
     state_path: Path,
     module: SupernetModule,
     candidate: Candidate,
-    winograd: Mapping[int, tuple[WinogradSpec, WinogradScales]],
+    winograd: Mapping[int, tuple[WinogradSpec, ScaleSet]],
     *,
     micro_batch: int,
     evidence: Mapping[str, Any],
@@ -190,7 +190,7 @@ def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) ->
     module.supernet.load_quantizer_state(state, str(state_path))
     module.supernet.set_winograd(
         {
-            int(m): (WinogradSpec(**entry["spec"]), WinogradScales.from_json(entry["scales"]))
+            int(m): (WinogradSpec(**entry["spec"]), ScaleSet.from_json(entry["scales"]))
             for m, entry in recipe["winograd"].items()
         }
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tmpq_exp.config import Granularity
 from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, LayerShape, is_eligible
-from tmpq_exp.experiment import Experiment
+from tmpq_exp.experiment import Experiment, winograd_spec
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.report import SCHEMA
 from tmpq_exp.search.algorithm import Search
@@ -19,6 +19,7 @@ from tmpq_exp.search.objective import Objective, label
 from tmpq_exp.search.trials import Trial
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.stages import Shipped
+from tmpq_exp.winograd.spec import ALL
 
 SAMPLE_COLUMNS = 12
 
@@ -143,10 +144,15 @@ def _warnings(experiment: Experiment, searched: Sequence[Trial], objective: Obje
             "threads, device, library or files than now) and are left out"
         )
     stages = (config.quantize_input, config.quantize_v, config.quantize_u, config.quantize_m)
-    if config.tile and (config.m_bits != TRANSFORM_BITS or not all(stages)):
+    own_bits = (config.input_bits, config.v_bits, config.u_bits)
+    if config.tile and (config.m_bits != TRANSFORM_BITS or not all(stages) or any(own_bits)):
         found.append(
             f"BitOPs count every Winograd stage as quantized and M at {TRANSFORM_BITS} bits, which is not what this "
             "run computes: compare its quality, not its cost"
+        )
+    if config.tile and {"v", "m"} & set(config.shaped_stages):
+        found.append(
+            "BitOPs leave out the error feedback of shaped V and M, n^2 (n^2 - 1) / 2 products a tile and channel"
         )
     if config.tile and Granularity.PER_GROUP not in (experiment.config.quant.act.granularity,):
         found.append(
@@ -195,10 +201,11 @@ def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:
         if quantizer.granularity == Granularity.PER_GROUP:
             for shape in experiment.layers:
                 found[shape.name, quantizer.group_size] = _input_channels(shape) % quantizer.group_size
-    if config.winograd.tile:
+    size = winograd_spec(config, config.winograd.tile).group_channels if config.winograd.tile else ALL
+    if size != ALL:
         for shape in experiment.layers:
             if isinstance(shape, ConvShape) and is_eligible(shape):
-                found[shape.name, config.winograd.group_size] = shape.in_channels % config.winograd.group_size
+                found[shape.name, size] = shape.in_channels % size
     found = {key: last for key, last in found.items() if last}
     return [{"name": name, "group_size": size, "last_group": last} for (name, size), last in found.items()]
 

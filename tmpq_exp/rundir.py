@@ -168,6 +168,7 @@ _FILES = {
     "calibration": "calibration",
     "recalibrated": "recalibrated",
     "supernet": "supernet.safetensors",
+    "winograd_scales": "winograd_scales.json",
     "recipe": "recipe.json",
     "recipe_state": "recipe.safetensors",
     "cost": "cost.json",

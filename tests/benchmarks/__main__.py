@@ -10,6 +10,7 @@ channels_last, under ``inference_mode``. Quantization is simulated: a ratio abov
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks.calibration import demo_config, demo_seconds, loss_ratio
 from tmpq_exp.config import CalibrationConfig, QuantConfig, QuantizerConfig
@@ -47,6 +49,9 @@ SUPERNET_GOAL = 1.25
 
 WINOGRAD_GOAL = 6.0
 """Most times that a quantized F(4,3) convolution may take longer than the float direct one."""
+
+MEMORY_GOAL = 8.0
+"""Most times its input and output that a quantized F(4,3) convolution may hold, its input included."""
 
 IMAGES_GOAL_SECONDS = 10.0
 """Most seconds for 512 digits at 10 steps."""
@@ -203,19 +208,35 @@ def supernet_ratio(name: str, make: Callable[[], nn.Module], batch: int, rounds:
     return measurement(f"supernet W6A6 / float, {name}, batch {batch}", ratios, "x float", SUPERNET_GOAL)
 
 
-def winograd_ratio(channels: int, batch: int, size: int, rounds: int) -> Measurement:
-    """Fully quantized F(4,3) convolution over the float direct one of the same shape."""
+def winograd_ratio(channels: int, batch: int, size: int, rounds: int, shaped: bool = False) -> Measurement:
+    """Fully quantized F(4,3) convolution over the float direct one of the same shape; shaped rounding has no goal."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, channels, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last)
+    spec = WinogradSpec(4, shaped_stages=("u", "v", "m") if shaped else ())
+    matrices = WinogradMatrices.from_scales(spec.transform())
+    weights = transform_weights(weight, matrices, spec, 8)
+    ratios = time_ratios(
+        lambda: winograd_conv2d(x, weights, None, matrices, spec, 8, 1), lambda: F.conv2d(x, weight, padding=1), rounds
+    )
+    kind = "shaped W8A8" if shaped else "W8A8"
+    name = f"Winograd F(4,3) {kind} / float direct conv, C = {channels}, {size}x{size}, batch {batch}"
+    return measurement(name, ratios, "x float", None if shaped else WINOGRAD_GOAL)
+
+
+@torch.inference_mode()
+def winograd_memory(channels: int, batch: int, size: int) -> Measurement:
+    """Most bytes that a fully quantized F(4,3) convolution holds beside its input, over input and output."""
+    x, weight = torch.randn(batch, channels, size, size), torch.randn(channels, channels, 3, 3)
     spec = WinogradSpec(4)
     matrices = WinogradMatrices.from_scales(spec.transform())
-    u = transform_weights(weight, matrices, spec, 8)
-    ratios = time_ratios(
-        lambda: winograd_conv2d(x, u, None, matrices, spec, 8, 1), lambda: F.conv2d(x, weight, padding=1), rounds
-    )
-    name = f"Winograd F(4,3) W8A8 / float direct conv, C = {channels}, {size}x{size}, batch {batch}"
-    return measurement(name, ratios, "x float", WINOGRAD_GOAL)
+    weights = transform_weights(weight, matrices, spec, 8)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        y = winograd_conv2d(x, weights, None, matrices, spec, 8, 1)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    name = f"memory of Winograd F(4,3) W8A8 / input + output, C = {channels}, {size}x{size}, batch {batch}"
+    return measurement(name, [(max(held) + x.nbytes) / (x.nbytes + y.nbytes)], "x", MEMORY_GOAL)
 
 
 def candidate_rate(
@@ -287,6 +308,8 @@ def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
         **conv,
         "candidates": lambda: candidate_rate(500, rounds),
         "candidates per_step": lambda: candidate_rate(200, rounds, None, bits_per_step="per_step"),
+        "conv 64 shaped": lambda: winograd_ratio(64, 16, 32, rounds, shaped=True),
+        "conv memory": lambda: winograd_memory(64, 16, 32),
         "images": lambda: image_seconds(512, 10, few),
         "calibration seconds": lambda: calibration_seconds(demo_config().calibration),
         "calibration loss": lambda: calibration_loss(demo_config().calibration),

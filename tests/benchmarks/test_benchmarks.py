@@ -30,15 +30,17 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
     measurements = [
         bench.supernet_ratio("ddpm_digits", bench.digits_unet, 2, 1),
         bench.winograd_ratio(4, 1, 8, 2),
+        bench.winograd_ratio(4, 1, 8, 2, shaped=True),
+        bench.winograd_memory(4, 1, 8),
         bench.candidate_rate(3, 1),
         bench.image_seconds(3, 2, 1),
     ]
     bench.write(tmp_path / "new" / "bench.json", measurements)
     lines = json.loads((tmp_path / "new" / "bench.json").read_text())
-    assert [set(line) for line in lines] == [{"name", "ratio", "unit", "goal", "met", "spread", "device"}] * 4
+    assert [set(line) for line in lines] == [{"name", "ratio", "unit", "goal", "met", "spread", "device"}] * 6
     assert all(line["ratio"] > 0 for line in lines)
-    assert [line["met"] is None for line in lines] == [False, False, False, False]
-    assert bench.table(measurements).row_count == 4
+    assert [line["met"] is None for line in lines] == [False, False, True, False, False, False]
+    assert bench.table(measurements).row_count == 6
 
 
 @pytest.mark.slow

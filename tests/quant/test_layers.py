@@ -18,6 +18,8 @@ from tmpq_exp.quant.layers import FLOAT, LayerSetting, QuantAttentionProducts, Q
 from tmpq_exp.quant.primitives import fake_quantize, integer_range
 from tmpq_exp.quant.quantizer import ActQuantizer, Quantizer
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
+from tmpq_exp.winograd.matrices import NetworkMatrices
+from tmpq_exp.winograd.transform import closed_form_scales, standard_scales
 
 BITS = (8, 5, 4)
 CAP = 2**20
@@ -106,6 +108,26 @@ def test_linear(granularity: Granularity) -> None:
     assert torch.equal(layer(x), expected)
 
 
+@torch.no_grad()
+def test_a_layer_takes_the_scales_of_its_name() -> None:
+    conv, x, spec = nn.Conv2d(4, 6, 3, padding=1), random(2, 4, 12, 12), WinogradSpec(4)
+    closed, standard = (
+        WinogradMatrices.from_scales(spec.transform(), scales(spec.transform()))
+        for scales in (closed_form_scales, standard_scales)
+    )
+    results = []
+    for matrices in (
+        NetworkMatrices(closed, {"conv": standard, "other": closed}),
+        NetworkMatrices(standard),
+        NetworkMatrices(closed, {"other": standard}),
+    ):
+        layer = quant_conv(conv, x, winograd={4: (spec, matrices)})
+        layer.setting = LayerSetting(8, 8, 4)
+        results.append(layer(x))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize(
     ("padding", "padding_mode"), [(0, "zeros"), ((2, 1), "zeros"), ("same", "zeros"), (1, "circular"), (2, "reflect")]
 )
@@ -114,7 +136,7 @@ def test_winograd_convolution(padding: int | str | tuple[int, int], padding_mode
     conv, x = nn.Conv2d(4, 6, 3, padding=padding, padding_mode=padding_mode), random(2, 4, 11, 11)
     spec = WinogradSpec(4)
     matrices = WinogradMatrices.from_scales(spec.transform())
-    layer = quant_conv(conv, x, winograd={4: (spec, matrices)})
+    layer = quant_conv(conv, x, winograd={4: (spec, NetworkMatrices(matrices))})
     layer.setting = LayerSetting(5, 8, 4)
     u = transform_weights(conv.weight, matrices, spec, 5)
     if padding_mode == "zeros":

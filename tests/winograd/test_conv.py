@@ -226,7 +226,7 @@ def test_gradient_of_the_error_knows_that_a_common_factor_changes_nothing() -> N
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"group_size": 0}, "group_size must be an integer of at least 1, found 0"),
+        ({"group_size": -1}, "group_size must be an integer of at least 1, or 0 or 'all' for one group, found -1"),
         ({"group_size": 32.0}, "group_size must be an integer"),
         ({"m_bits": 1}, "m_bits: bits must be in 2..16, found 1, or 32 for float"),
         ({"points": ["0", "1", "inf"]}, "points must have m \\+ r - 1 = 6 entries"),

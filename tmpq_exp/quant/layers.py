@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tmpq_exp.config import QuantConfig, QuantizerConfig
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS
 from tmpq_exp.quant.quantizer import ActQuantizer, Quantizer, WeightQuantizer
-from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
+from tmpq_exp.winograd.conv import WinogradSpec, transform_weights, winograd_conv2d
+from tmpq_exp.winograd.matrices import NetworkMatrices
 
 Observer: TypeAlias = Callable[[ActQuantizer, Tensor], None]
 
@@ -42,6 +43,17 @@ class Learning(Protocol):
         """Quantized activations, differentiable in ``x`` and in what is learned."""
 
 
+class Sized(Protocol):
+    """What knows how much memory it takes: a tensor, or a layer's Winograd weights."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+
+
+WeightsT = TypeVar("WeightsT", bound=Sized)
+
+
 class WeightCache:
     """Quantized weights ready for use, the least recently used ones dropped above a memory cap.
 
@@ -51,23 +63,23 @@ class WeightCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.num_bytes, self.num_misses = max_bytes, 0, 0
-        self._entries: OrderedDict[tuple[str, int, int], Tensor] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, int, int], Any] = OrderedDict()
 
-    def get(self, key: tuple[str, int, int], compute: Callable[[], Tensor]) -> Tensor:
+    def get(self, key: tuple[str, int, int], compute: Callable[[], WeightsT]) -> WeightsT:
         """The weights of ``(layer, bits, tile)``, computed if they are not there."""
         if key in self._entries:
             self._entries.move_to_end(key)
-            return self._entries[key]
+            found: WeightsT = self._entries[key]
+            return found
         self.num_misses += 1
         with torch.no_grad():
             value = compute()
-        size = value.numel() * value.element_size()
-        if size <= self.max_bytes:
+        if value.nbytes <= self.max_bytes:
             self._entries[key] = value
-            self.num_bytes += size
+            self.num_bytes += value.nbytes
         while self.num_bytes > self.max_bytes:
             _, dropped = self._entries.popitem(last=False)
-            self.num_bytes -= dropped.numel() * dropped.element_size()
+            self.num_bytes -= dropped.nbytes
         return value
 
     def clear(self) -> None:
@@ -214,7 +226,8 @@ class WeightedLayer(QuantLayer):
     def quantized_weight(self, bits: int) -> Tensor:
         """Weights of direct computation at these bits."""
         key = (self.name, bits, DIRECT_TILE)
-        return self.cache.get(key, lambda: self.weight_quantizer(self.float_layer.weight, bits))
+        weight: Tensor = self.cache.get(key, lambda: self.weight_quantizer(self.float_layer.weight, bits))
+        return weight
 
 
 class QuantConv2d(WeightedLayer):
@@ -228,7 +241,7 @@ class QuantConv2d(WeightedLayer):
     float_layer: nn.Conv2d
 
     def __init__(
-        self, *, winograd: Mapping[int, tuple[WinogradSpec, WinogradMatrices]], float_layer: nn.Conv2d, **arguments: Any
+        self, *, winograd: Mapping[int, tuple[WinogradSpec, NetworkMatrices]], float_layer: nn.Conv2d, **arguments: Any
     ) -> None:
         super().__init__(float_layer=float_layer, num_inputs=float_layer.in_channels, channel_dim=1, **arguments)
         self.winograd = winograd
@@ -247,8 +260,9 @@ class QuantConv2d(WeightedLayer):
 
     def _winograd_forward(self, x: Tensor) -> Tensor:
         setting, conv = self.setting, self.float_layer
-        spec, matrices = self.winograd[setting.tile]
-        u = self.cache.get(
+        spec, of_layers = self.winograd[setting.tile]
+        matrices = of_layers.of(self.name)
+        weights = self.cache.get(
             (self.name, setting.weight_bits, setting.tile),
             lambda: transform_weights(conv.weight, matrices, spec, setting.weight_bits),
         )
@@ -256,7 +270,7 @@ class QuantConv2d(WeightedLayer):
         if conv.padding_mode != "zeros":
             x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             left = top = 0
-        return winograd_conv2d(x, u, conv.bias, matrices, spec, setting.act_bits, (top, left))
+        return winograd_conv2d(x, weights, conv.bias, matrices, spec, setting.act_bits, (top, left))
 
 
 class QuantLinear(WeightedLayer):

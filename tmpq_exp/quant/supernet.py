@@ -26,7 +26,9 @@ from tmpq_exp.quant.layers import (
 )
 from tmpq_exp.quant.quantizer import Quantizer
 from tmpq_exp.quant.seams import find_seams
-from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec
+from tmpq_exp.winograd.conv import WinogradSpec
+from tmpq_exp.winograd.matrices import NetworkMatrices
+from tmpq_exp.winograd.scales import ScaleSet, as_scale_set
 from tmpq_exp.winograd.transform import WinogradScales
 from tmpq_exp.zoo.task import DiffusionTask
 
@@ -63,7 +65,7 @@ class Supernet(nn.Module):
         self.network: nn.Module = _with_fixed_dtype(copy.deepcopy(network, shared))
         self.cache = WeightCache(config.cache_max_bytes)
         self.shapes, self.config, self.seams = tuple(layers), config, dict(seams or {})
-        self.winograd: dict[int, tuple[WinogradSpec, WinogradMatrices]] = {}
+        self.winograd: dict[int, tuple[WinogradSpec, NetworkMatrices]] = {}
         choices = zip(layers, weight_choices, act_choices, strict=True)
         self._layers = [self._replace(shape, weights, acts) for shape, weights, acts in choices]
         self.to(next(network.parameters()).device)
@@ -104,16 +106,17 @@ class Supernet(nn.Module):
         """Move, as ``to`` does, and take along or forget what is no parameter or buffer."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for m, (spec, matrices) in self.winograd.items():
-            self.winograd[m] = spec, WinogradMatrices(fn(matrices.A_T), fn(matrices.G), fn(matrices.B_T))
+            self.winograd[m] = spec, matrices.map(fn)
         self.quantizers_changed()
         return self
 
-    def set_winograd(self, tiles: Mapping[int, tuple[WinogradSpec, WinogradScales]]) -> None:
+    def set_winograd(self, tiles: Mapping[int, tuple[WinogradSpec, WinogradScales | ScaleSet]]) -> None:
         """Let eligible convolutions take these tiles, with these specifications and scales."""
         device = next(self.network.parameters()).device
         self.winograd.clear()
         for m, (spec, scales) in tiles.items():
-            self.winograd[m] = spec, WinogradMatrices.from_scales(spec.transform(), scales).to(device=device)
+            matrices = as_scale_set(scales).network_matrices(spec)
+            self.winograd[m] = spec, matrices.map(lambda x: x.to(device))
         self.cache.clear()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 Shapes: B images, C input and K output channels, H x W pixels, P = B * tiles_h * tiles_w tiles, n = m + r - 1.
 The transformed tensors are laid out for one batched GEMM over the n*n taps: U (n*n, K, C), V (n*n, C, P),
 M (n*n, K, P). Quantized tensors hold ``integer * scale`` in float, so the GEMM equals the sum over groups of the
-int32 products times their scales up to float rounding.
+int32 products times their scales up to float rounding; ``winograd.integer`` computes the integers themselves.
 
 References:
     Pan et al., "Data-Free Group-Wise Fully Quantized Winograd Convolution via Learnable Scales", CVPR 2025.
@@ -11,26 +11,29 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmpq_exp.quant.allocation import FLOAT_BITS
-from tmpq_exp.quant.primitives import fake_quantize_groups, integer_range
-from tmpq_exp.winograd.transform import (
-    PointsSpec,
-    Transform,
-    WinogradScales,
-    build_transform,
-    closed_form_scales,
-    parse_points,
-    to_tensor,
-)
+from tmpq_exp.winograd.matrices import WinogradMatrices, transform_2d
+from tmpq_exp.winograd.shaping import Feedback, feedback, output_error, pixel_covariance, tap_covariance
+from tmpq_exp.winograd.spec import FLOAT_STAGES, Method, WinogradSpec, check_bits
+from tmpq_exp.winograd.stages import StaticRanges, quantize_stage, static_range
 
-FLOAT_STAGES = {"quantize_input": False, "quantize_v": False, "quantize_u": False, "quantize_m": False}
-"""Keyword arguments of ``WinogradSpec`` that switch every stage off: Winograd in float."""
+__all__ = [
+    "FLOAT_STAGES",
+    "StaticRanges",
+    "WinogradMatrices",
+    "WinogradSpec",
+    "WinogradWeights",
+    "measure_ranges",
+    "transform_weights",
+    "weight_feedback",
+    "winograd_conv2d",
+]
 
 CHUNK_ELEMENTS = 2**20
 """Elements of a transformed tensor that a CPU works on at once, as whole images: about what its caches hold.
@@ -41,155 +44,141 @@ two thirds, and 2**19 to 2**21 differ by less than 10 %.
 
 
 @dataclass(frozen=True)
-class WinogradSpec:
-    """Which F(m, r) is used, and what of it is quantized.
+class WinogradWeights:
+    """A layer's weights after the weight stage, and what the other stages need to know of them.
 
     Args:
-        m: Outputs of a tile in one dimension, 2..8.
-        r: Kernel size, 2..5.
-        points: ``"standard"``, ``"improved"`` or n points, as ``parse_points`` reads them.
-        group_size: Elements that share a scale, at least 1; a short last group is legal.
-        quantize_input: Quantize x to ``act_bits``.
-        quantize_v: Quantize the transformed input V to ``act_bits``.
-        quantize_u: Quantize the transformed weights U to ``weight_bits``.
-        quantize_m: Quantize the Hadamard product M to ``m_bits`` before the output transform.
-        m_bits: 2..16, or ``FLOAT_BITS``.
-
-    Raises:
-        ValueError: If a value is out of its range.
+        u: U, quantized and dequantized, (n*n, K, C).
+        balance: What V is divided by before its quantization, (n*n, C, 1, 1); None where channels are not balanced.
+        v_feedback, m_feedback: Error feedback of V and M; None where they round to nearest.
     """
 
-    m: int
-    r: int = 3
-    points: PointsSpec = "standard"
-    group_size: int = 32
-    quantize_input: bool = True
-    quantize_v: bool = True
-    quantize_u: bool = True
-    quantize_m: bool = True
-    m_bits: int = 8
+    u: Tensor
+    balance: Tensor | None = None
+    v_feedback: Feedback | None = None
+    m_feedback: Feedback | None = None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.points, str):
-            object.__setattr__(self, "points", tuple(self.points))
-        parse_points(self.points, self.m, self.r)
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
-            raise ValueError(f"group_size must be an integer of at least 1, found {self.group_size!r}")
-        _check_bits("m_bits", self.m_bits)
+    def map(self, fn: Callable[[Tensor], Tensor]) -> WinogradWeights:
+        """A copy with ``fn`` applied to every tensor."""
+        v, m = (
+            None if shaping is None else replace(shaping, C=fn(shaping.C))
+            for shaping in (self.v_feedback, self.m_feedback)
+        )
+        return WinogradWeights(fn(self.u), None if self.balance is None else fn(self.balance), v, m)
 
     @property
-    def n(self) -> int:
-        """Taps of a tile in one dimension, m + r - 1."""
-        return self.m + self.r - 1
-
-    @property
-    def m_group_channels(self) -> int:
-        """Output channels that share a scale of M, together with all n*n taps of their tile."""
-        return max(1, self.group_size // self.n**2)
-
-    def transform(self) -> Transform:
-        """The exact transform of this spec."""
-        return build_transform(self.m, self.r, self.points)
+    def nbytes(self) -> int:
+        """Bytes that its tensors take."""
+        held = [self.u, self.balance, *(f.C for f in (self.v_feedback, self.m_feedback) if f is not None)]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
-def _check_bits(name: str, bits: int) -> None:
-    if bits != FLOAT_BITS:
-        try:
-            integer_range(bits, symmetric=True)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}, or {FLOAT_BITS} for float") from None
-
-
-@dataclass(frozen=True)
-class WinogradMatrices:
-    """Transform matrices with their scales applied, as tensors of one dtype and device.
-
-    Args:
-        A_T: Output transform, (m, n).
-        G: Weight transform, (n, r).
-        B_T: Input transform, (n, n).
-    """
-
-    A_T: Tensor
-    G: Tensor
-    B_T: Tensor
-
-    @classmethod
-    def from_scales(
-        cls, transform: Transform, scales: WinogradScales | None = None, dtype: torch.dtype = torch.float32
-    ) -> WinogradMatrices:
-        """Matrices for fixed scales, rounded once from float64; closed-form scales where none are given.
-
-        Raises:
-            ValueError: If the scales belong to another n.
-        """
-        scales = closed_form_scales(transform) if scales is None else scales
-        if len(scales.s_b) != transform.n:
-            raise ValueError(f"scales must have {transform.n} entries for {transform.name}, found {len(scales.s_b)}")
-        s_b, s_g = (torch.tensor(s, dtype=torch.float64) for s in (scales.s_b, scales.s_g))
-        return cls.from_tensors(transform, s_b, s_g).to(dtype=dtype)
-
-    @classmethod
-    def from_tensors(cls, transform: Transform, s_b: Tensor, s_g: Tensor) -> WinogradMatrices:
-        """Matrices of the dtype and device of the diagonals ``s_b`` and ``s_g``, (n,), differentiable in both."""
-        V_m, V_r, V_n_inv_T = (to_tensor(v).to(s_b) for v in (transform.V_m, transform.V_r, transform.V_n_inv_T))
-        return cls((V_m / (s_b * s_g)[:, None]).t(), V_r * s_g[:, None], V_n_inv_T * s_b[:, None])
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> WinogradMatrices:
-        """A copy on another device or of another dtype."""
-        return WinogradMatrices(*(x.to(device=device, dtype=dtype) for x in (self.A_T, self.G, self.B_T)))
-
-
-def transform_weights(weight: Tensor, matrices: WinogradMatrices, spec: WinogradSpec, weight_bits: int) -> Tensor:
+def transform_weights(
+    weight: Tensor,
+    matrices: WinogradMatrices,
+    spec: WinogradSpec,
+    weight_bits: int,
+    channel_ranges: Tensor | None = None,
+) -> WinogradWeights:
     """Weight stage, done once: U = G w G^T, quantized per tap and output channel in groups along C.
 
     Args:
         weight: Float weights, (K, C, r, r).
         matrices: Of the spec's transform.
-        spec: Only ``group_size`` and ``quantize_u`` matter here.
+        spec: What is quantized, and how.
         weight_bits: 2..16, or ``FLOAT_BITS`` for no quantization.
-
-    Returns:
-        U, quantized and dequantized, (n*n, K, C).
+        channel_ranges: For ``bqw_style``: ranges of V by tap and channel, (n*n, C), such as ``StaticRanges.v`` of a
+            spec with groups of 1. None takes them as equal, as they are for white input: weights alone then decide.
 
     Raises:
         ValueError: If ``weight`` is not (K, C, r, r) or ``weight_bits`` out of range.
     """
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (spec.r, spec.r):
         raise ValueError(f"weight must have shape (K, C, {spec.r}, {spec.r}), found {tuple(weight.shape)}")
-    _check_bits("weight_bits", weight_bits)
+    check_bits("weight_bits", weight_bits)
     num_out, num_in = weight.shape[:2]
     taps = weight.permute(2, 3, 0, 1).reshape(spec.r**2, num_out * num_in)
-    u = _transform_2d(matrices.G, taps).view(spec.n**2, num_out, num_in)
-    if not spec.quantize_u or weight_bits == FLOAT_BITS:
-        return u
-    return fake_quantize_groups(u, 2, spec.group_size, (), weight_bits)
+    u = transform_2d(matrices.G, taps, matrices.right_side.G).view(spec.n**2, num_out, num_in)
+    balance = None
+    if spec.method == Method.BQW_STYLE:
+        balance = channel_balance(u.detach(), channel_ranges)
+        u = u * balance[:, None, :]
+    bits = spec.stage_bits("u", weight_bits)
+    u = quantize_stage(u, "u", spec, bits, weight_feedback(matrices, spec) if "u" in spec.shaped_stages else None)
+    if balance is not None:
+        u = u / balance[:, None, :]
+        balance = balance[:, :, None, None]
+    v_feedback = _input_feedback(matrices, weight) if "v" in spec.shaped_stages else None
+    m_feedback = feedback(_output_error(matrices)) if "m" in spec.shaped_stages else None
+    return WinogradWeights(u, balance, v_feedback, m_feedback)
+
+
+def channel_balance(u: Tensor, channel_ranges: Tensor | None = None) -> Tensor:
+    """Omega of channel balancing, (taps, C): V is divided by it and U multiplied.
+
+    ``Omega = sqrt(t R / (r T))`` with t and r the ranges of V's and U's channels at a tap, T and R those of the tap,
+    so that every channel takes the same share of its tap's range in V as in U.
+
+    Args:
+        u: (taps, K, C).
+        channel_ranges: t, (taps, C); None for equal ranges.
+
+    References:
+        Chikin and Kryzhanovskiy, CVPR 2022, as far as its formula was at hand. Differs from it in the Hadamard stage
+        only being balanced, and in t from white noise where no data is given.
+    """
+    tiny = torch.finfo(u.dtype).tiny
+    r = u.abs().amax(dim=1).clamp(min=tiny)
+    t = torch.ones_like(r) if channel_ranges is None else channel_ranges.to(u).view_as(r).clamp(min=tiny)
+    return (t / t.amax(dim=1, keepdim=True) * (r.amax(dim=1, keepdim=True) / r)).sqrt().clamp(1e-3, 1e3)
+
+
+def weight_feedback(matrices: WinogradMatrices, spec: WinogradSpec) -> Feedback:
+    """Feedback of U for input whose neighbouring pixels correlate as the spec assumes."""
+    right = matrices.right_side
+    covariance = pixel_covariance(spec.n, spec.pixel_correlation).to(matrices.B_T.device)
+    inputs = tap_covariance(matrices.B_T.detach(), right.B_T.detach(), covariance)
+    return feedback(_output_error(matrices) * inputs)
+
+
+def _input_feedback(matrices: WinogradMatrices, weight: Tensor) -> Feedback:
+    """Feedback of V for these weights."""
+    right = matrices.right_side
+    rows = weight.detach().double().flatten(2).flatten(0, 1)
+    taps = tap_covariance(matrices.G.detach(), right.G.detach(), rows.t() @ rows / len(rows))
+    return feedback(_output_error(matrices) * taps)
+
+
+def _output_error(matrices: WinogradMatrices) -> Tensor:
+    return output_error(matrices.A_T.detach(), matrices.right_side.A_T.detach())
 
 
 def winograd_conv2d(
     x: Tensor,
-    u: Tensor,
+    weights: WinogradWeights,
     bias: Tensor | None,
     matrices: WinogradMatrices,
     spec: WinogradSpec,
     act_bits: int,
     padding: int | tuple[int, int] = 0,
+    ranges: StaticRanges | None = None,
 ) -> Tensor:
     """Convolution of stride 1 through F(m, r), with every stage that ``spec`` switches on quantized.
 
-    All activation scales are dynamic and symmetric. x: one scale per image and group of channels. V: per tap and
-    tile, groups along C. M: one scale over the n*n taps of a tile and ``spec.m_group_channels`` channels. Where no
-    gradient is needed the stages work in place on their own buffers and, on a CPU, on a few images at a time, so
-    that little more than input and output is held; otherwise up to 2 (n/m)**2 + 1 times the larger of the two.
+    Scales are symmetric. With groups, x has one per image and group of channels; V one per tap and tile, in groups
+    along C; M one over the n*n taps of a tile and ``spec.m_group_channels`` channels. Where no gradient is needed the
+    stages work in place on their own buffers and, on a CPU, on a few images at a time, so that little more than input
+    and output is held; otherwise up to 2 (n/m)**2 + 1 times the larger of the two.
 
     Args:
         x: Input, (B, C, H, W), any memory format.
-        u: ``transform_weights``'s result, (n*n, K, C).
+        weights: ``transform_weights``'s result.
         bias: (K,), added in float, or None.
-        matrices: Those of ``u``, in the dtype of ``x``.
+        matrices: Those of the weights, in the dtype of ``x``.
         spec: The stages.
-        act_bits: Bits of x and V, 2..16, or ``FLOAT_BITS`` for no quantization of either.
+        act_bits: Bits of x and V unless the spec has its own, 2..16, or ``FLOAT_BITS`` for no quantization of either.
         padding: Zeros on every side of H and W.
+        ranges: Static scales of x, V and M, as ``measure_ranges`` finds them; None takes dynamic ones.
 
     Returns:
         (B, K, H + 2 padding - r + 1, W + 2 padding - r + 1), contiguous.
@@ -202,43 +191,73 @@ def winograd_conv2d(
         groups within one image, so that the integer input transform has one scale for all pixels it adds, and M's
         groups span all taps, because the output transform adds taps.
     """
+    u = weights.u
     size = _output_size(x, u, spec, padding)
-    _check_bits("act_bits", act_bits)
+    check_bits("act_bits", act_bits)
     tiles = (-(-size[0] // spec.m), -(-size[1] // spec.m))
     per_image = spec.n**2 * tiles[0] * tiles[1] * max(u.shape[1:])
-    needs_grad = _needs_grad(x, u, bias, matrices)
+    needs_grad = torch.is_grad_enabled() and (
+        matrices.requires_grad or any(t is not None and t.requires_grad for t in (x, u, bias))
+    )
     whole = needs_grad or x.device.type != "cpu"
     chunk = x.shape[0] if whole else max(1, CHUNK_ELEMENTS // per_image)
-    out = [_convolve(images, u, matrices, spec, act_bits, padding, tiles) for images in torch.split(x, chunk)]
+    out = [
+        _convolve(images, weights, matrices, spec, act_bits, padding, tiles, ranges) for images in torch.split(x, chunk)
+    ]
     y = (out[0] if len(out) == 1 else torch.cat(out))[:, :, : size[0], : size[1]].contiguous()
     if bias is None:
         return y
     return y + bias[:, None, None] if needs_grad else y.add_(bias[:, None, None])
 
 
-def _needs_grad(x: Tensor, u: Tensor, bias: Tensor | None, matrices: WinogradMatrices) -> bool:
-    tensors = (x, u, bias, matrices.A_T, matrices.B_T)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+@torch.no_grad()
+def measure_ranges(
+    x: Tensor,
+    weights: WinogradWeights,
+    matrices: WinogradMatrices,
+    spec: WinogradSpec,
+    act_bits: int,
+    padding: int | tuple[int, int] = 0,
+) -> StaticRanges:
+    """Static ranges of x, V and M for these inputs; ``StaticRanges.union`` joins those of several batches.
+
+    Args: see ``winograd_conv2d``.
+    """
+    size = _output_size(x, weights.u, spec, padding)
+    tiles = (-(-size[0] // spec.m), -(-size[1] // spec.m))
+    padded = _pad(x, spec, padding, tiles)
+    x_range = static_range(padded, "input", spec)
+    padded = quantize_stage(padded, "input", spec, spec.stage_bits("input", act_bits))
+    v = _balanced(_transform_input(padded, matrices, spec), weights)
+    v_range = static_range(v, "v", spec)
+    v = quantize_stage(v, "v", spec, spec.stage_bits("v", act_bits), weights.v_feedback)
+    return StaticRanges(x_range, v_range, static_range(_hadamard(v, weights), "m", spec))
 
 
 def _convolve(
     x: Tensor,
-    u: Tensor,
+    weights: WinogradWeights,
     matrices: WinogradMatrices,
     spec: WinogradSpec,
     act_bits: int,
     padding: int | tuple[int, int],
     tiles: tuple[int, int],
+    ranges: StaticRanges | None,
 ) -> Tensor:
     """All stages for a few images, without bias; the output has whole tiles."""
-    v = _input_stage(x, matrices, spec, act_bits, padding, tiles)
-    hadamard = torch.bmm(u, v)
+    limits = (None, None, None) if ranges is None else (ranges.input, ranges.v, ranges.m)
+    padded = _pad(x, spec, padding, tiles)
+    padded = quantize_stage(padded, "input", spec, spec.stage_bits("input", act_bits), absmax=limits[0])
+    v = _balanced(_transform_input(padded, matrices, spec), weights)
+    del padded
+    v = quantize_stage(v, "v", spec, spec.stage_bits("v", act_bits), weights.v_feedback, limits[1])
+    m = _hadamard(v, weights)
     del v
-    if spec.quantize_m and spec.m_bits != FLOAT_BITS:
-        hadamard = fake_quantize_groups(hadamard, 1, spec.m_group_channels, (0,), spec.m_bits)
-    y = _transform_2d(matrices.A_T, hadamard).view(spec.m, spec.m, u.shape[1], x.shape[0], *tiles)
-    del hadamard
-    return y.permute(3, 2, 4, 0, 5, 1).reshape(x.shape[0], u.shape[1], tiles[0] * spec.m, tiles[1] * spec.m)
+    m = quantize_stage(m, "m", spec, spec.stage_bits("m", act_bits), weights.m_feedback, limits[2])
+    y = transform_2d(matrices.A_T, m, matrices.right_side.A_T)
+    y = y.view(spec.m, spec.m, weights.u.shape[1], x.shape[0], *tiles)
+    del m
+    return y.permute(3, 2, 4, 0, 5, 1).reshape(x.shape[0], -1, tiles[0] * spec.m, tiles[1] * spec.m)
 
 
 def _output_size(x: Tensor, u: Tensor, spec: WinogradSpec, padding: int | tuple[int, int]) -> tuple[int, int]:
@@ -262,35 +281,30 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
 
 
-def _input_stage(
-    x: Tensor,
-    matrices: WinogradMatrices,
-    spec: WinogradSpec,
-    act_bits: int,
-    padding: int | tuple[int, int],
-    tiles: tuple[int, int],
-) -> Tensor:
-    """x -> V, (n*n, C, P): pad, quantize, cut into overlapping tiles, transform, quantize."""
+def _pad(x: Tensor, spec: WinogradSpec, padding: int | tuple[int, int], tiles: tuple[int, int]) -> Tensor:
+    """x with its own padding and what whole tiles need; always a copy, so it may be changed in place."""
     pad_h, pad_w = _pair(padding)
     bottom, right = (
         tile * spec.m + spec.r - 1 - size - pad
         for tile, size, pad in zip(tiles, x.shape[2:], (pad_h, pad_w), strict=True)
     )
-    padded = F.pad(x.contiguous(), (pad_w, right, pad_h, bottom))  # always a copy, so it may be changed in place
-    if spec.quantize_input and act_bits != FLOAT_BITS:
-        padded = fake_quantize_groups(padded, 1, spec.group_size, (2, 3), act_bits)
+    return F.pad(x.contiguous(), (pad_w, right, pad_h, bottom))
+
+
+def _transform_input(padded: Tensor, matrices: WinogradMatrices, spec: WinogradSpec) -> Tensor:
+    """Padded x -> V, (n*n, C, B, tiles): cut into overlapping tiles, transform."""
     windows = padded.unfold(2, spec.n, spec.m).unfold(3, spec.n, spec.m)
     columns = windows.permute(4, 5, 1, 0, 2, 3).reshape(spec.n**2, -1)
+    batch, channels = padded.shape[:2]
     del padded, windows
-    v = _transform_2d(matrices.B_T, columns).view(spec.n**2, x.shape[1], -1)
-    del columns
-    if spec.quantize_v and act_bits != FLOAT_BITS:
-        v = fake_quantize_groups(v, 1, spec.group_size, (), act_bits)
-    return v
+    return transform_2d(matrices.B_T, columns, matrices.right_side.B_T).view(spec.n**2, channels, batch, -1)
 
 
-def _transform_2d(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """``matrix @ tile @ matrix.T`` of every tile: (columns**2, ...) to (rows, rows, everything else) as two GEMMs."""
-    rows, columns = matrix.shape
-    half = (matrix @ tiles.reshape(columns, -1)).view(rows, columns, -1)
-    return torch.bmm(matrix.expand(rows, rows, columns), half)
+def _balanced(v: Tensor, weights: WinogradWeights) -> Tensor:
+    return v if weights.balance is None else v / weights.balance
+
+
+def _hadamard(v: Tensor, weights: WinogradWeights) -> Tensor:
+    """U V of every tap, (n*n, K, B, tiles)."""
+    v = v if weights.balance is None else v * weights.balance
+    return torch.bmm(weights.u, v.flatten(2)).view(*weights.u.shape[:2], *v.shape[2:])

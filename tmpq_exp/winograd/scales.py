@@ -1,4 +1,4 @@
-"""Scales of S_B and S_G that are learned from random noise, and how well a set of scales does on a network's weights.
+"""Scales of a network's transforms, and how well they do on its own weights and random inputs.
 
 References:
     Pan et al., "Data-Free Group-Wise Fully Quantized Winograd Convolution via Learnable Scales", CVPR 2025.
@@ -6,29 +6,33 @@ References:
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from tmpq_exp.files import replace_file
 from tmpq_exp.quant.primitives import sqnr_db
-from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
-from tmpq_exp.winograd.transform import PointsSpec, WinogradScales, closed_form_scales, standard_scales
+from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, measure_ranges, transform_weights, winograd_conv2d
+from tmpq_exp.winograd.matrices import NetworkMatrices
+from tmpq_exp.winograd.noise import Noise, noise
+from tmpq_exp.winograd.spec import FLOAT_STAGES
+from tmpq_exp.winograd.transform import Transform, WinogradScales, closed_form_scales, format_point
 
-NOISE_BATCH, NOISE_SIZE = 2, 24
-"""Images, and pixels a side, of the noise that a layer sees; 24 is a multiple of the tiles 2, 3, 4, 6 and 8."""
-
-_TRAIN_STREAM, _HELD_OUT_STREAM = 0, 1
+HELD_OUT_STREAM = 1
+SCALES_SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class ConvWeight:
-    """An eligible convolution of a network, all that learning scales needs of it.
+    """An eligible convolution of a network, all that its scales need of it.
 
     Args:
         name: Its name in the network.
@@ -42,151 +46,68 @@ class ConvWeight:
 
 
 @dataclass(frozen=True)
-class ScaleResult:
-    """What learning scales for one F(m, r) gave.
+class ScaleSet:
+    """Scales of a network: one set for all layers, and those of layers that have their own.
 
     Args:
-        m: Outputs of a tile in one dimension.
-        points: The points as the spec names them.
-        scales: By kind: ``standard``, ``closed_form``, ``learned`` (as learned, whether better or not).
-        sqnr_db: By kind: median over layers of the held-out SQNR in dB.
-        kept: ``learned`` where it beats the closed form on held-out noise, else ``closed_form``.
-        curve: SQNR in dB of every step of learning, on that step's layers and noise.
+        shared: Of every layer that is not named.
+        layers: By name of the layer.
     """
 
-    m: int
-    points: PointsSpec
-    scales: Mapping[str, WinogradScales]
-    sqnr_db: Mapping[str, float]
-    kept: str
-    curve: tuple[float, ...]
+    shared: WinogradScales
+    layers: Mapping[str, WinogradScales] = field(default_factory=dict)
 
-    @property
-    def kept_scales(self) -> WinogradScales:
-        """The scales to use."""
-        return self.scales[self.kept]
+    def of(self, name: str) -> WinogradScales:
+        """The scales of a layer."""
+        return self.layers.get(name, self.shared)
 
+    def matrices(self, spec: WinogradSpec, name: str = "") -> WinogradMatrices:
+        """The float32 matrices of a layer."""
+        return WinogradMatrices.from_scales(spec.transform(), self.of(name), transform_bits=spec.transform_bits)
 
-class LearnedScales(nn.Module):
-    """S_B and S_G as a fixed sign times exp(log scale); S_A follows, so the transform stays exact.
+    def network_matrices(self, spec: WinogradSpec) -> NetworkMatrices:
+        """The float32 matrices of all layers."""
+        return NetworkMatrices(self.matrices(spec), {name: self.matrices(spec, name) for name in self.layers})
 
-    Args:
-        initial: Where learning starts: its signs stay.
-    """
+    def to_json(self) -> dict[str, Any]:
+        """That of the shared scales, and under ``layers`` those of layers with their own."""
+        data = self.shared.to_json()
+        return {**data, "layers": {k: v.to_json() for k, v in self.layers.items()}} if self.layers else data
 
-    def __init__(self, initial: WinogradScales) -> None:
-        super().__init__()
-        for name, values in (("b", initial.s_b), ("g", initial.s_g)):
-            scale = torch.tensor(values, dtype=torch.float64)
-            self.register_buffer(f"sign_{name}", scale.sign().float())
-            self.register_parameter(f"log_{name}", nn.Parameter(scale.abs().log().float()))
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Diagonals ``(s_b, s_g)``, each (n,)."""
-        sign_b, sign_g = self.get_buffer("sign_b"), self.get_buffer("sign_g")
-        return sign_b * self.get_parameter("log_b").exp(), sign_g * self.get_parameter("log_g").exp()
-
-    @torch.no_grad()
-    def to_scales(self) -> WinogradScales:
-        """The present values as floats.
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ScaleSet:
+        """Inverse of ``to_json``; scales without ``layers`` are those of all layers.
 
         Raises:
-            ValueError: If learning has driven one out of the range of float32.
+            ValueError: If these are no scales.
         """
-        s_b, s_g = self()
-        return WinogradScales(tuple(s_b.tolist()), tuple(s_g.tolist()))
+        shared = WinogradScales.from_json(data)
+        layers = data.get("layers", {})
+        if not isinstance(layers, Mapping):
+            raise ValueError(f"not Winograd scales: layers must be a mapping, found {type(layers).__name__}")
+        return cls(shared, {name: WinogradScales.from_json(value) for name, value in layers.items()})
 
 
-class WinogradScalesModule(L.LightningModule):
-    """Learns one set of scales for all layers of a network from noise alone; a batch is the seed of a step.
-
-    Every step draws ``layers_per_step`` layers, feeds each unit Gaussian noise, and lowers the mean of -SQNR (dB)
-    between the float convolution and the quantized Winograd convolution. Weights stay frozen. A step depends on its
-    seed alone, so every rank of a distributed run takes the same steps.
-
-    Args:
-        layers: At least one.
-        spec: Which F(m, r), and which stages are quantized.
-        initial: Where learning starts; the closed form where none is given.
-        lr: Learning rate of SGD on the log scales, above 0.
-        momentum: Of SGD, in [0, 1).
-        bits: Bits of x, V and U, 2..16; those of M are the spec's.
-        layers_per_step: Layers drawn in a step, the paper's K.
-
-    Raises:
-        ValueError: If there is no layer, or ``lr`` or ``momentum`` is out of range.
-
-    References:
-        Pan et al., CVPR 2025, section 4. Differs from the paper in the initial value, which it does not give; rate,
-        momentum and number of steps are ours too.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[ConvWeight],
-        spec: WinogradSpec,
-        *,
-        initial: WinogradScales | None = None,
-        lr: float = 0.02,
-        momentum: float = 0.9,
-        bits: int = 8,
-        layers_per_step: int = 2,
-    ) -> None:
-        super().__init__()
-        if not layers:
-            raise ValueError("layers must hold at least one eligible convolution, found none")
-        if not lr > 0:
-            raise ValueError(f"lr must be above 0, found {lr!r}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), found {momentum!r}")
-        self.layers, self.spec, self.bits = tuple(layers), spec, bits
-        self.lr, self.momentum, self.layers_per_step = lr, momentum, layers_per_step
-        self.transform = spec.transform()
-        self.scales = LearnedScales(closed_form_scales(self.transform) if initial is None else initial)
-        self.curve: list[float] = []
-
-    def training_step(self, batch: int, batch_idx: int) -> Tensor:
-        """Mean of -SQNR in dB over the layers that this seed draws."""
-        generator = torch.Generator().manual_seed(int(batch))
-        drawn = torch.randperm(len(self.layers), generator=generator)[: self.layers_per_step]
-        matrices = WinogradMatrices.from_tensors(self.transform, *self.scales())
-        losses = [-self._layer_sqnr_db(self.layers[i], matrices, generator) for i in drawn.tolist()]
-        loss = torch.stack(losses).mean()
-        self.curve.append(-loss.item())
-        self.log("sqnr_db", -loss.detach(), prog_bar=True, batch_size=1)
-        return loss
-
-    def _layer_sqnr_db(self, layer: ConvWeight, matrices: WinogradMatrices, generator: torch.Generator) -> Tensor:
-        weight = layer.weight.detach().to(matrices.G)
-        x = gaussian_noise(weight.shape[1], generator).to(weight)
-        reference = F.conv2d(x, weight, padding=layer.padding)
-        u = transform_weights(weight, matrices, self.spec, self.bits)
-        estimate = winograd_conv2d(x, u, None, matrices, self.spec, self.bits, layer.padding)
-        return 10 * torch.log10(reference.square().sum() / (reference - estimate).square().sum())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD, as in the paper."""
-        return torch.optim.SGD(self.scales.parameters(), lr=self.lr, momentum=self.momentum)
+def as_scale_set(scales: WinogradScales | ScaleSet) -> ScaleSet:
+    """Scales of one kind or the other as a set."""
+    return scales if isinstance(scales, ScaleSet) else ScaleSet(scales)
 
 
-def gaussian_noise(num_channels: int, generator: torch.Generator) -> Tensor:
-    """Unit Gaussian noise, (``NOISE_BATCH``, C, ``NOISE_SIZE``, ``NOISE_SIZE``), float32 on the CPU."""
-    return torch.randn(NOISE_BATCH, num_channels, NOISE_SIZE, NOISE_SIZE, generator=generator)
-
-
-def step_seeds(seed: int, num_steps: int) -> list[int]:
-    """Seeds of the steps of learning, the data of ``WinogradScalesModule``; more steps start with the same ones."""
-    return _stream(seed, _TRAIN_STREAM, num_steps)
-
-
-def _stream(seed: int, stream: int, length: int) -> list[int]:
+def noise_seeds(seed: int, stream: int, length: int) -> list[int]:
+    """Seeds of a stream of noise; a longer list starts with the same ones."""
     sequence = np.random.SeedSequence(seed, spawn_key=(stream,))
     return [int(value) for value in sequence.generate_state(length, np.uint32)]
 
 
-@torch.no_grad()
-def layer_sqnr_db(layer: ConvWeight, spec: WinogradSpec, scales: WinogradScales, seed: int, bits: int = 8) -> float:
-    """SQNR in dB of one layer's quantized Winograd convolution of unit Gaussian noise, against float.
+def layer_sqnr_db(
+    layer: ConvWeight,
+    spec: WinogradSpec,
+    scales: WinogradScales | ScaleSet,
+    seed: int,
+    bits: int = 8,
+    kind: Noise | str = Noise.GAUSSIAN,
+) -> float:
+    """SQNR in dB of one layer's quantized Winograd convolution of unit noise, against float.
 
     With ``WinogradSpec(m, points=...)`` and the other defaults this is the figure that reports quote: the network's
     own weights, groups of 32, all stages int8.
@@ -197,70 +118,146 @@ def layer_sqnr_db(layer: ConvWeight, spec: WinogradSpec, scales: WinogradScales,
         scales: Diagonals of S_B and S_G.
         seed: Of the noise; equal seeds give equal noise for every kind of scale.
         bits: Bits of x, V and U.
+        kind: Kind of noise.
     """
-    x = gaussian_noise(layer.weight.shape[1], torch.Generator().manual_seed(seed))
+    x = noise(layer.weight.shape[1], torch.Generator().manual_seed(seed), kind)
     return input_sqnr_db(layer, x, spec, scales, bits)
 
 
 @torch.no_grad()
-def input_sqnr_db(layer: ConvWeight, x: Tensor, spec: WinogradSpec, scales: WinogradScales, bits: int) -> float:
+def input_sqnr_db(
+    layer: ConvWeight, x: Tensor, spec: WinogradSpec, scales: WinogradScales | ScaleSet, bits: int
+) -> float:
     """SQNR in dB of one layer's quantized Winograd convolution of this input, (B, C, H, W), against float."""
     weight = layer.weight.detach().float().cpu()
-    matrices = WinogradMatrices.from_scales(spec.transform(), scales)
-    u = transform_weights(weight, matrices, spec, bits)
-    estimate = winograd_conv2d(x, u, None, matrices, spec, bits, layer.padding)
+    matrices = as_scale_set(scales).matrices(spec, layer.name)
+    weights = transform_weights(weight, matrices, spec, bits)
+    estimate = winograd_conv2d(x, weights, None, matrices, spec, bits, layer.padding)
     return sqnr_db(F.conv2d(x, weight, padding=layer.padding), estimate)
 
 
-def network_sqnr_db(
-    layers: Sequence[ConvWeight], spec: WinogradSpec, scales: WinogradScales, seed: int, bits: int = 8
-) -> float:
-    """Median over layers of ``layer_sqnr_db``; every layer has its own noise, apart from that of learning."""
-    seeds = _stream(seed, _HELD_OUT_STREAM, len(layers))
-    return statistics.median(
-        layer_sqnr_db(layer, spec, scales, layer_seed, bits) for layer, layer_seed in zip(layers, seeds, strict=True)
-    )
+def stage_sqnr_db(
+    layer: ConvWeight, x: Tensor, spec: WinogradSpec, scales: WinogradScales | ScaleSet, bits: int = 8
+) -> dict[str, float]:
+    """SQNR in dB with each quantized stage alone, by stage, and with all of them under ``all``."""
+    stages = [name for name in FLOAT_STAGES if getattr(spec, name)]
+    alone = {name: replace(spec, **{**FLOAT_STAGES, name: True}) for name in stages}
+    figures = {
+        name.removeprefix("quantize_"): input_sqnr_db(layer, x, one, scales, bits) for name, one in alone.items()
+    }
+    return {**figures, "all": input_sqnr_db(layer, x, spec, scales, bits)}
 
 
-def learn_scales(
+def layers_sqnr_db(
     layers: Sequence[ConvWeight],
     spec: WinogradSpec,
-    *,
-    steps: int,
-    lr: float,
+    scales: WinogradScales | ScaleSet,
     seed: int,
-    trainer_factory: Callable[..., L.Trainer],
-    initial: str = "closed_form",
     bits: int = 8,
-    layers_per_step: int = 2,
-) -> ScaleResult:
-    """Learns one set of scales for a network and judges it, the closed form and the standard scales on held-out noise.
+    kind: Noise | str = Noise.GAUSSIAN,
+) -> dict[str, float]:
+    """``layer_sqnr_db`` by name; every layer has its own held-out noise, apart from that of learning."""
+    seeds = noise_seeds(seed, HELD_OUT_STREAM, len(layers))
+    return {
+        layer.name: layer_sqnr_db(layer, spec, scales, layer_seed, bits, kind)
+        for layer, layer_seed in zip(layers, seeds, strict=True)
+    }
+
+
+def network_sqnr_db(
+    layers: Sequence[ConvWeight],
+    spec: WinogradSpec,
+    scales: WinogradScales | ScaleSet,
+    seed: int,
+    bits: int = 8,
+    kind: Noise | str = Noise.GAUSSIAN,
+) -> float:
+    """Median over layers of ``layers_sqnr_db``."""
+    return statistics.median(layers_sqnr_db(layers, spec, scales, seed, bits, kind).values())
+
+
+@torch.no_grad()
+def fsq_style_scales(
+    layer: ConvWeight, spec: WinogradSpec, seed: int, kind: Noise | str = Noise.GAUSSIAN
+) -> WinogradScales:
+    """Scales whose output transform undoes a row and a column factor of every tap's range of M.
+
+    The range of each tap of M is measured on noise, its logarithm fitted by a row and a column term (the mean over
+    each), and both folded into S_G: M is divided by row_i * col_j, and A_T multiplies it again.
 
     Args:
-        layers: The network's eligible convolutions, at least one.
-        spec: Which F(m, r), and which stages are quantized.
-        steps: Steps of SGD, at least 1.
-        lr: Learning rate on the log scales, above 0.
-        seed: Seeds training and held-out noise, in separate streams.
-        trainer_factory: Called once, with ``max_epochs=1`` and ``max_steps=steps``; makes the Trainer.
-        initial: ``closed_form`` or ``standard``.
-        bits: Bits of x, V and U.
-        layers_per_step: Layers drawn in a step.
+        layer: The layer.
+        spec: Which F(m, r).
+        seed: Of the noise.
+        kind: Kind of noise.
+
+    References:
+        Chen et al. (NeurIPS 2023), as far as it was at hand. Differs from it in measuring on noise, without data.
+    """
+    transform = spec.transform()
+    plain = WinogradSpec(spec.m, spec.r, spec.points, group_size="all", m_scale="tap", **FLOAT_STAGES)
+    matrices = WinogradMatrices.from_scales(transform)
+    weights = transform_weights(layer.weight.detach().float().cpu(), matrices, plain, 8)
+    x = noise(layer.weight.shape[1], torch.Generator().manual_seed(seed), kind)
+    ranges = measure_ranges(x, weights, matrices, plain, 8, layer.padding).m.flatten(1).amax(dim=1).double()
+    log_range = ranges.clamp(min=torch.finfo(torch.float32).tiny).log().view(spec.n, spec.n)
+    return _divided(transform, log_range.mean(dim=1), log_range.mean(dim=0) - log_range.mean())
+
+
+def _divided(transform: Transform, log_rows: Tensor, log_columns: Tensor) -> WinogradScales:
+    """Closed-form scales whose M is divided by row and column factors."""
+    closed = closed_form_scales(transform)
+    rows, columns = (
+        tuple(s / f for s, f in zip(closed.s_g, factor.exp().tolist(), strict=True))
+        for factor in (log_rows, log_columns)
+    )
+    return WinogradScales(closed.s_b, rows, (closed.s_b, columns))
+
+
+def write_scales(path: Path, model: str, tiles: Mapping[int, tuple[WinogradSpec, ScaleSet]]) -> None:
+    """Scales as a JSON file that ``read_scales`` reads, so that another network can use them.
+
+    Args:
+        path: The file.
+        model: Name of the network that they were learned on.
+        tiles: By tile, the specification and the scales in use.
+    """
+    data = {
+        "schema": SCALES_SCHEMA,
+        "model": model,
+        "tiles": {
+            str(m): {"points": [format_point(p) for p in spec.transform().points], "r": spec.r, **_plain(spec, scales)}
+            for m, (spec, scales) in tiles.items()
+        },
+    }
+    replace_file(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _plain(spec: WinogradSpec, scales: ScaleSet) -> dict[str, Any]:
+    return {"spec": asdict(spec), "scales": scales.to_json()}
+
+
+def read_scales(path: Path, spec: WinogradSpec) -> ScaleSet:
+    """Scales of a spec's tile and points from a file of ``write_scales``.
+
+    Layers that have scales of their own there keep them where this network has a layer of the same name; every other
+    layer takes the shared ones.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If the file cannot be read, or holds no scales for this tile or for these points.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, found {steps!r}")
-    transform = spec.transform()
-    scales = {"standard": standard_scales(transform), "closed_form": closed_form_scales(transform)}
-    if initial not in scales:
-        raise ValueError(f"initial must be one of {', '.join(scales)}, found {initial!r}")
-    module = WinogradScalesModule(
-        layers, spec, initial=scales[initial], lr=lr, bits=bits, layers_per_step=layers_per_step
-    )
-    trainer_factory(max_epochs=1, max_steps=steps).fit(module, train_dataloaders=step_seeds(seed, steps))
-    scales["learned"] = module.scales.to_scales()
-    held_out = {kind: network_sqnr_db(layers, spec, value, seed, bits) for kind, value in scales.items()}
-    kept = "learned" if held_out["learned"] > held_out["closed_form"] else "closed_form"
-    return ScaleResult(spec.m, spec.points, scales, held_out, kept, tuple(module.curve))
+    try:
+        tiles = json.loads(path.read_text(encoding="utf-8"))["tiles"]
+        entry = tiles.get(str(spec.m))
+        points = None if entry is None else list(entry["points"])
+        scales = None if entry is None else ScaleSet.from_json(entry["scales"])
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no Winograd scales: {type(error).__name__}: {error}") from error
+    wanted = [format_point(point) for point in spec.transform().points]
+    if scales is None:
+        raise ValueError(f"{path} holds scales for the tiles {', '.join(tiles) or 'none'}, not for {spec.m}")
+    if points != wanted:
+        raise ValueError(f"{path} holds scales of F({spec.m},{spec.r}) for the points {points}, not for {wanted}")
+    if len(scales.shared.s_b) != spec.n:
+        raise ValueError(f"{path} holds {len(scales.shared.s_b)} scales for tile {spec.m}, {spec.n} are needed")
+    return scales
