@@ -18,11 +18,11 @@ ORDER = (
     "files",
     "seeding",
     "progress",
-    # (1) configuration, exact algebra, timestep sequences, pure functions
-    "config",
-    "overrides",
+    # (1) what a candidate is, configuration, exact algebra, timestep sequences, pure functions
     "quant",
     "quant.allocation",
+    "config",
+    "overrides",
     "quant.primitives",
     "winograd",
     "winograd.transform",
@@ -42,6 +42,8 @@ ORDER = (
     "quant.layers",
     "diffusion.sampler",
     "cost",
+    "release_scale",
+    "attention",
     "trace",
     # (3) float tasks, data, metrics, the supernet and what is fitted to it
     "data",
@@ -53,21 +55,36 @@ ORDER = (
     "zoo.embedded",
     "zoo.digits",
     "zoo.cifar",
+    "zoo.compvis",
+    "zoo.architecture",
     "metrics",
     "metrics.accuracy",
     "metrics.fidelity",
     "metrics.frechet",
+    "quant.seams",
     "quant.supernet",
+    "quant.states",
+    "quant.units",
+    "quant.activations",
+    "quant.rounding",
+    "quant.reconstruction",
+    "quant.blockwise",
     "quant.calibration",
     "winograd.learning",
     "winograd.network",
     # (4) run directory, search, recipe, tracking, report
     "rundir",
     "search",
+    "search.steps",
     "search.space",
     "search.evidence",
+    "search.budget",
     "search.trials",
+    "search.algorithm",
+    "search.random",
     "search.evolution",
+    "search.greedy",
+    "search.nsga2",
     "search.objective",
     "search.module",
     "recipe",
@@ -82,9 +99,13 @@ ORDER = (
     "report.classification_page",
     # (5) the line, and its parts
     "experiment",
+    "calibrating",
     "stages",
+    "weighing",
     "results",
     "train",
+    "pricing",
+    "states",
     "pipeline",
     "classification",
     "classify",
@@ -171,6 +192,17 @@ register_schema()
 with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
     to_config(compose("config", ["paths.run_dir=x"]))
 heavy = {"torch", "lightning", "diffusers", "transformers", "wandb", "matplotlib", "sklearn"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_costs_are_counted_without_lightning_and_diffusers() -> None:
+    script = """
+import sys
+import tmpq_exp.pricing, tmpq_exp.zoo.architecture, tmpq_exp.zoo.compvis
+heavy = {"lightning", "diffusers", "transformers", "wandb", "matplotlib", "sklearn"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

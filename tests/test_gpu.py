@@ -7,13 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tmpq_exp.config import QuantConfig
+from tmpq_exp.config import CalibrationConfig, QuantConfig
 from tmpq_exp.cost import AttentionShape
+from tmpq_exp.quant.activations import ActivationStore
 from tmpq_exp.quant.allocation import Allocation, Candidate
+from tmpq_exp.quant.calibration import CalibrationModule
+from tmpq_exp.quant.states import trajectory_states
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.recipe import task_layers
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
@@ -53,6 +57,37 @@ def test_winograd_on_the_gpu_is_close_to_the_cpu(m: int, shaped_stages: tuple[st
     z = winograd_conv2d(x.cuda(), transform_weights(weight.cuda(), on_gpu, spec, 8), None, on_gpu, spec, 8, 1).cpu()
     error = F.conv2d(x, weight, padding=1) - y
     assert (y - z).square().mean() < 0.1 * error.square().mean()
+
+
+def test_reconstruction_on_the_gpu_with_and_without_spilling(tmp_path: Path) -> None:
+    def state(max_bytes: int) -> dict[str, torch.Tensor]:
+        task = DigitsDDPM().task()
+        task.unet.cuda()
+        layers = task_layers(task)
+        supernet = SupernetModule(task, layers, [(8, 4)] * len(layers), [(8, 4)] * len(layers), QuantConfig()).supernet
+        config = CalibrationConfig("uniform_prefix", weight_iterations=5, act_iterations=5, max_cache_bytes=max_bytes)
+        states = trajectory_states(task, 4, 3, 0)
+        with ActivationStore(max_bytes, tmp_path / "spill", torch.device("cuda")) as store:
+            module = CalibrationModule(supernet, states, config, 0, store)
+            trainer = L.Trainer(
+                max_epochs=module.num_epochs,
+                reload_dataloaders_every_n_epochs=1,
+                accelerator="gpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=str(tmp_path),
+            )
+            trainer.fit(module)
+        assert sum(r.loss_after for r in module.records) < sum(r.loss_before for r in module.records)
+        return {key: value.cpu() for key, value in supernet.quantizer_state().items()}
+
+    kept, spilled = state(2**30), state(0)
+    assert [key for key in kept if key.endswith("rounding")]
+    for key in (key for key in kept if not key.endswith("rounding")):
+        torch.testing.assert_close(kept[key], spilled[key], rtol=1e-3, atol=1e-4)
 
 
 def test_a_whole_run(tmp_path: Path) -> None:

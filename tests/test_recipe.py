@@ -13,10 +13,11 @@ import torch
 
 from tmpq_exp import apply_recipe
 from tmpq_exp.config import CalibrationConfig, Granularity, QuantConfig, QuantizerConfig
-from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
+from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
-from tmpq_exp.quant.calibration import CalibrationModule, trajectory_states
-from tmpq_exp.quant.supernet import SupernetModule, is_eligible
+from tmpq_exp.quant.calibration import CalibrationModule
+from tmpq_exp.quant.states import trajectory_states
+from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.recipe import task_layers, write_recipe
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import closed_form_scales
@@ -42,7 +43,7 @@ def make_module(task: DiffusionTask, config: QuantConfig) -> SupernetModule:
     choices = [(8,) if isinstance(shape, AttentionShape) else (8, 6) for shape in layers]
     module = SupernetModule(task, layers, choices, [(8, 6)] * len(layers), config)
     calibration = CalibrationConfig(num_images=2, num_timesteps=2, max_values=1024)
-    fitting = CalibrationModule(module.supernet, trajectory_states(task, calibration, 0), calibration, 0)
+    fitting = CalibrationModule(module.supernet, trajectory_states(task, 2, 2, 0), calibration, 0)
     fitting.on_train_epoch_start()
     for index in fitting.train_dataloader():
         fitting.training_step(index, index)
@@ -155,7 +156,7 @@ def edit(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "message"),
     [
         (edit("weights_hash", value="0" * 16), "made for weights 0000000000000000"),
-        (edit("schema", value=2), "recipe schema 2"),
+        (edit("schema", value=3), "recipe schema 3"),
         (edit("layers", 0, value="other"), "layers of the recipe"),
         (edit("candidate", "timesteps", value=[1000, 5, 0]), r"timesteps must be in 0..999"),
         (edit("candidate", "timesteps", value=[9, 5, -1]), r"timesteps must be in 0..999"),

@@ -100,11 +100,12 @@ class StageProgress(ProgressBar):
         name: What is shown before the bar.
         total: Units of the whole stage; a batch counts one.
         note: Module attribute whose text is shown behind the bar.
+        count_epochs: An epoch counts one, rather than a batch.
     """
 
-    def __init__(self, name: str, total: int, note: str = "progress_note") -> None:
+    def __init__(self, name: str, total: int, note: str = "progress_note", *, count_epochs: bool = False) -> None:
         super().__init__()
-        self._stage, self._note = StageBar(name, total), note
+        self._stage, self._note, self._count_epochs = StageBar(name, total), note, count_epochs
 
     def disable(self) -> None:
         """Lightning asks ranks above 0 to be silent."""
@@ -117,7 +118,7 @@ class StageProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the bar."""
         self._stage.__enter__()
-        self._stage.done = trainer.global_step
+        self._stage.done = trainer.current_epoch if self._count_epochs else trainer.global_step
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the bar."""
@@ -125,7 +126,13 @@ class StageProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """One unit more."""
-        self._advance(pl_module)
+        if not self._count_epochs:
+            self._advance(pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """One unit more, where epochs count."""
+        if self._count_epochs:
+            self._advance(pl_module)
 
     def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """One unit more."""

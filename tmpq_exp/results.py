@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from tmpq_exp.config import Granularity
-from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, LayerShape
+from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.experiment import Experiment, winograd_spec
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.quant.supernet import is_eligible
 from tmpq_exp.report import SCHEMA
-from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective, label
 from tmpq_exp.search.trials import Trial
 from tmpq_exp.seeding import stream_seed
+from tmpq_exp.stages import Shipped
 from tmpq_exp.winograd.spec import ALL
 
 SAMPLE_COLUMNS = 12
@@ -53,8 +53,8 @@ def front(trials: Sequence[Trial], metric: str) -> list[Trial]:
 def assemble_report(
     experiment: Experiment,
     winograd: list[dict[str, Any]],
-    algorithm: EvolutionSearch,
-    winner: Candidate,
+    algorithm: Search,
+    shipped: Shipped,
     finals: dict[str, Trial],
     evidence: dict[str, Any],
     search_objective: Objective,
@@ -67,8 +67,17 @@ def assemble_report(
     searched = [trial for trial in experiment.trials.of_phase("search") if search_objective.covers(trial)]
     seconds = experiment.run.stage_seconds()
     best = entry(finals["best"], "best", weighted)
+    winner = shipped.candidate
+    in_supernet = "best" if shipped.module is experiment.module else "best_other"
     best |= {
-        "metrics_supernet": finals["best"].metrics,  # the shipped subnet is the supernet's own, not re-calibrated
+        "metrics_supernet": finals[in_supernet].metrics,
+        "recalibration": None
+        if shipped.other is None
+        else {
+            "shipped": "supernet" if in_supernet == "best" else "recalibrated",
+            "selection": shipped.selection,
+            "metrics_recalibrated": finals["best_other" if in_supernet == "best" else "best"].metrics,
+        },
         "candidate": winner.to_json(),
         "layers": [shape.name for shape in experiment.layers],
         "weighted": weighted,
@@ -93,6 +102,7 @@ def assemble_report(
         "baselines": [entry(finals[name], name, weighted) for name in baselines],
         "best": best | {"hadamard_bitops": hadamard},
         "front": [entry(trial, trial.key, weighted) for trial in front(searched, metric)],
+        "calibration": experiment.calibration,
         "winograd": [{key: value for key, value in tile.items() if key != "scales"} for tile in winograd],
         "winograd_choice": f"f{config.winograd.tile}" if config.winograd.tile else "none",
         "search": {
@@ -169,18 +179,18 @@ def _budget_name(experiment: Experiment) -> str:
     return "bitops" if budget.bitops is not None else f"w{budget.weight_bits}a{budget.act_bits}"
 
 
-def sample_rows(experiment: Experiment, winner: Candidate, seed: int) -> list[tuple[str, Tensor]]:
+def sample_rows(experiment: Experiment, shipped: Shipped, seed: int) -> list[tuple[str, Tensor]]:
     """Labelled rows of images at the same final seeds: every baseline, and the best found."""
     config = experiment.config
+    baselines = experiment.baselines()
     names = {
         "float_reference": f"float, {config.evaluation.reference_steps} steps",
         "float_k": f"float, {config.space.num_inference_steps} steps",
-        "w8a8": "W8A8",
-        "w6a6": "W6A6",
-    }
-    rows = {names[name]: candidate for name, candidate in experiment.baselines().items()} | {"best found": winner}
+    } | {f"w{bits}a{bits}": f"W{bits}A{bits}" for bits in config.evaluation.baseline_bits}
+    rows = [(label, baselines[name], experiment.module) for name, label in names.items()]
+    rows.append(("best found", shipped.candidate, shipped.module))
     indices = range(min(SAMPLE_COLUMNS, config.evaluation.num_images))
-    return [(label, experiment.module.images(candidate, indices, seed).cpu()) for label, candidate in rows.items()]
+    return [(label, module.images(candidate, indices, seed).cpu()) for label, candidate, module in rows]
 
 
 def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:

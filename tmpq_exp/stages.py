@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tmpq_exp.calibrating import recalibrated
 from tmpq_exp.config import UserError
-from tmpq_exp.cost import ConvShape
-from tmpq_exp.experiment import Experiment, examined_tiles, make_search, random_candidates, winograd_spec
+from tmpq_exp.cost import ConvShape, is_eligible
+from tmpq_exp.experiment import Experiment, examined_tiles, make_search, winograd_spec
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.quant.calibration import CalibrationModule, trajectory_states
-from tmpq_exp.quant.supernet import is_eligible
-from tmpq_exp.rundir import bad_input, digest
-from tmpq_exp.search.evidence import best_so_far, evenly_spread, mean_interval, rank_correlation
-from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.quant.states import trajectory_states
+from tmpq_exp.quant.supernet import SupernetModule
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.module import Proxy, SearchModule
-from tmpq_exp.search.objective import PROXIES, Objective
+from tmpq_exp.search.objective import Objective
 from tmpq_exp.search.trials import Trial
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
@@ -42,40 +37,9 @@ from tmpq_exp.winograd.scales import (
 )
 from tmpq_exp.winograd.spec import Method
 from tmpq_exp.winograd.transform import closed_form_scales, ineligible_reason, standard_scales
-from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 REPORTED_BITS = 8
 """Bits of all Winograd stages behind the reported SQNR."""
-
-
-def calibrate(experiment: Experiment) -> None:
-    """Set all quantizers, or read them back if the same calibration was done before."""
-    config, supernet = experiment.config, experiment.module.supernet
-    choices = [[q.bit_choices for _, q in layer.quantizers()] for layer in supernet.layers]
-    schedule = content_hash({"alphas_cumprod": experiment.task.alphas_cumprod})
-    inputs = [
-        experiment.task.weights_hash,
-        schedule,
-        asdict(config.calibration),
-        asdict(config.quant),
-        choices,
-        config.seed,
-    ]
-    path = experiment.run.supernet
-
-    def compute() -> None:
-        experiment.module.to(experiment.device)
-        states = trajectory_states(experiment.task, config.calibration, config.seed)
-        module = CalibrationModule(supernet, states, config.calibration, config.seed)
-        experiment.trainer("calibrate", len(states), max_epochs=1).fit(module)
-        write_tensors(path, supernet.quantizer_state(), {"model": experiment.task.name, "inputs": digest(inputs)})
-
-    experiment.run.stage("calibrate", inputs, [path], compute)
-    with bad_input("; remove it to calibrate again"):
-        state, metadata = read_tensors(path, "quantizers of the supernet")
-        if metadata.get("inputs") != digest(inputs):
-            raise ValueError(f"{path} was made by another calibration")
-        supernet.load_quantizer_state(state, str(path))
 
 
 def winograd_scales(experiment: Experiment) -> list[dict[str, Any]]:
@@ -178,8 +142,8 @@ def _conv_weight(network: nn.Module, name: str) -> ConvWeight:
 @torch.inference_mode()
 def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]:
     """Inputs of these layers on eight states in the middle of a float trajectory."""
-    config = experiment.config.calibration
-    states = trajectory_states(experiment.task, type(config)(8, config.num_timesteps, config.max_values), 0)
+    num_timesteps = experiment.config.calibration.num_timesteps
+    states = trajectory_states(experiment.task, 8, num_timesteps, 0)
     state = states[len(states) // 2]
     found: dict[str, Tensor] = {}
     network = experiment.task.unet
@@ -198,7 +162,7 @@ def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]
     return found
 
 
-def search(experiment: Experiment) -> tuple[EvolutionSearch, Objective]:
+def search(experiment: Experiment) -> tuple[Search, Objective]:
     """Run the search; candidates that were scored before a kill are answered from the trials."""
     algorithm = make_search(experiment)
     config = experiment.config.objective
@@ -212,7 +176,7 @@ def search(experiment: Experiment) -> tuple[EvolutionSearch, Objective]:
     trainer = experiment.trainer(
         "search", total, max_epochs=algorithm.num_generations, reload_dataloaders_every_n_epochs=1
     )
-    with _timed(experiment, "search"):
+    with experiment.timed("search"):
         trainer.fit(SearchModule(algorithm, objective, proxy))
         for name, candidate in experiment.baselines().items():
             if name != "float_reference":
@@ -220,7 +184,7 @@ def search(experiment: Experiment) -> tuple[EvolutionSearch, Objective]:
     return algorithm, objective
 
 
-def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
+def select(experiment: Experiment, algorithm: Search) -> Candidate:
     """The winner: the best of the finalists on images the search never saw.
 
     Raises:
@@ -231,8 +195,8 @@ def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
         raise UserError("every candidate of the search failed; trials.jsonl says why under 'error'")
     if len(finalists) == 1:
         return finalists[0]
-    objective = experiment.objective("selection", experiment.config.evaluation.num_images)
-    with _timed(experiment, "select"), StageBar("select", len(finalists)) as bar:
+    objective = experiment.objective("selection", experiment.selection_images)
+    with experiment.timed("select"), StageBar("select", len(finalists)) as bar:
         trials = []
         for candidate in finalists:
             trials.append(objective.evaluate(candidate, "selection"))
@@ -241,122 +205,62 @@ def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
     return finalists[best]
 
 
-def evaluate(experiment: Experiment, winner: Candidate) -> tuple[dict[str, Trial], Objective]:
-    """Baselines and winner on the final images."""
-    config = experiment.config.evaluation
-    objective = experiment.objective("final", config.num_images, bootstrap=config.bootstrap)
-    named = {**experiment.baselines(), "best": winner}
-    trials = {}
-
-    def predict(candidate: Candidate) -> Iterable[Tensor]:
-        trainer = experiment.trainer(f"evaluate {name}", len(objective.protocol.micro_batches()))
-        batches = objective.protocol.micro_batches()
-        with experiment.module.requesting(candidate, batches, objective.protocol.seed):
-            images: Any = trainer.predict(experiment.module, range(len(batches)))
-        experiment.module.to(experiment.device)
-        return list(images)
-
-    with _timed(experiment, "evaluate"):
-        for name, candidate in named.items():
-            trials[name] = objective.evaluate(candidate, "final", name=name, images=predict)
-    return trials, objective
-
-
-def weigh(
-    experiment: Experiment, algorithm: EvolutionSearch, objective: Objective, winner: Candidate
-) -> dict[str, Any]:
-    """How far the search's figures can be trusted, by further evaluations.
+@dataclass(frozen=True)
+class Shipped:
+    """The winner as it is shipped.
 
     Args:
-        experiment: The run.
-        algorithm: The search, done.
-        objective: What it scored with.
-        winner: The chosen candidate.
-
-    Returns:
-        The ``evidence`` of the report; see ``tmpq_exp.report.EVIDENCE_KEYS``.
+        candidate: The winner.
+        module: The supernet, or a network calibrated for the winner's own bits.
+        other: The one of the two that is not shipped; None if nothing was calibrated again.
+        selection: ``supernet`` and ``recalibrated`` -> the selection's score; empty if nothing was.
     """
-    config, metric = experiment.config.evaluation, experiment.metric.name
-    searched = [t for t in experiment.trials.of_phase("search") if objective.covers(t)]
-    scores = {trial.key: trial.score(metric) for trial in searched}
-    with _timed(experiment, "weigh"):
-        noise = _score_noise(experiment, objective, winner)
-        larger = _score_again(experiment, algorithm)
-        random = _random_control(experiment, algorithm, objective) if config.random_control else []
-    correlations = {"search score and score on more images of other seeds": rank_correlation(scores, larger)}
-    for proxy in PROXIES:
-        sign = -1 if proxy == "psnr_db" else 1
-        values = {t.key: sign * v for t in searched if (v := t.metrics.get(proxy)) is not None}
-        correlations[f"{proxy} and search score, same images"] = rank_correlation(values, scores)
-    looked = {t.key: t for t in experiment.trials.of_phase("proxy")}
-    chosen = experiment.config.objective.proxy
-    if chosen is not None:
-        values = {k: (-1 if chosen == "psnr_db" else 1) * t.score(chosen) for k, t in looked.items()}
-        correlations["proxy and search score, of promoted candidates"] = rank_correlation(values, scores)
-    return {
-        "score_noise": noise,
-        "rank_correlation": [{"between": name} | found for name, found in correlations.items()],
-        "progress": {
-            "search": best_so_far([trial.score(metric) for trial in searched]),
-            "random": best_so_far([trial.score(metric) for trial in random]),
-        },
-    }
+
+    candidate: Candidate
+    module: SupernetModule
+    other: SupernetModule | None
+    selection: dict[str, float]
 
 
-def _score_noise(experiment: Experiment, objective: Objective, winner: Candidate) -> dict[str, Any]:
-    """The winner's score as the search measured it, its interval over images, and the same on other seeds."""
-    config, metric = experiment.config.evaluation, experiment.metric
-    own = objective.evaluate(winner, "search")
-    others = []
-    with StageBar("noise of the score", config.noise_seeds) as bar:
-        for index in range(config.noise_seeds):
-            again = experiment.objective(f"noise {index}", objective.protocol.num_images)
-            others.append(again.evaluate(winner, "noise"))
-            bar.advance()
-    interval = None
-    if config.bootstrap and own.error is None:
-        images = objective.protocol.wanted(objective.images(winner))
-        interval = list(metric.interval(images, config.bootstrap, objective.protocol.seed))
-    scores = [trial.score(metric.name) for trial in (own, *others)]
-    return {
-        "num_images": objective.protocol.num_images,
-        "seeds": [trial.seed for trial in (own, *others)],
-        "scores": scores,
-        "over_images": {"interval": interval, "num_resamples": config.bootstrap},
-        "over_seeds": mean_interval([score for score in scores[1:] if math.isfinite(score)]),
-    }
+def specialize(experiment: Experiment, winner: Candidate) -> Shipped:
+    """Calibrate the winner for its own bits if that is asked for; ship what is better on the selection's images."""
+    if not experiment.config.evaluation.recalibrate:
+        return Shipped(winner, experiment.module, None, {})
+    with experiment.timed("specialize"):
+        own = recalibrated(experiment, winner)
+        modules = {"supernet": experiment.module, "recalibrated": own}
+        scores = {}
+        for name, module in modules.items():
+            objective = experiment.objective("selection", experiment.selection_images, module)
+            scores[name] = objective.evaluate(winner, "selection").score(experiment.metric.name)
+    if scores["recalibrated"] < scores["supernet"]:
+        return Shipped(winner, own, experiment.module, scores)
+    return Shipped(winner, experiment.module, own, scores)
 
 
-def _score_again(experiment: Experiment, algorithm: EvolutionSearch) -> dict[str, float]:
-    """Scores on the images of the selection, of candidates from the best to the worst of the search."""
+def evaluate(experiment: Experiment, shipped: Shipped) -> tuple[dict[str, Trial], Objective]:
+    """Baselines and winner on the final images: ``best`` as it is shipped, ``best_other`` as it is not."""
     config = experiment.config.evaluation
-    ranked = {scored.candidate.key(): scored.candidate for scored in algorithm.top(10**9)}
-    chosen = evenly_spread(list(ranked), config.ranked_candidates)
-    objective = experiment.objective("selection", config.num_images)
-    scores = {}
-    with StageBar("check of the ranking", len(chosen)) as bar:
-        for key in chosen:
-            scores[key] = objective.evaluate(ranked[key], "selection").score(experiment.metric.name)
-            bar.advance()
-    return scores
+    named = {name: (candidate, experiment.module) for name, candidate in experiment.baselines().items()}
+    named["best"] = shipped.candidate, shipped.module
+    if shipped.other is not None:
+        named["best_other"] = shipped.candidate, shipped.other
+    trials = {}
+    with experiment.timed("evaluate"):
+        for name, (candidate, module) in named.items():
+            objective = experiment.objective("final", config.num_images, module, bootstrap=config.bootstrap)
+            predict = partial(_predict, experiment, module, objective, name)
+            trials[name] = objective.evaluate(candidate, "final", name=name, images=predict)
+    return trials, experiment.objective("final", config.num_images, shipped.module, bootstrap=config.bootstrap)
 
 
-def _random_control(experiment: Experiment, algorithm: EvolutionSearch, objective: Objective) -> list[Trial]:
-    """As many random candidates as the search scored, by the same protocol and under the same budget."""
-    count = sum(1 for trial in experiment.trials.of_phase("search") if objective.covers(trial))
-    candidates = random_candidates(experiment, count)
-    trials = []
-    with StageBar("random search", len(candidates)) as bar:
-        for candidate in candidates:
-            trials.append(objective.evaluate(candidate, "random"))
-            bar.advance()
-    return trials
-
-
-@contextmanager
-def _timed(experiment: Experiment, name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        experiment.run.add_stage_seconds(name, time.perf_counter() - start)
+def _predict(
+    experiment: Experiment, module: SupernetModule, objective: Objective, name: str, candidate: Candidate
+) -> list[Tensor]:
+    """Images of the objective's protocol, made by a Trainer."""
+    batches = objective.protocol.micro_batches()
+    trainer = experiment.trainer(f"evaluate {name}", len(batches))
+    with module.requesting(candidate, batches, objective.protocol.seed):
+        images: Any = trainer.predict(module, range(len(batches)))
+    module.to(experiment.device)
+    return list(images)

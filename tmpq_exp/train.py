@@ -17,7 +17,7 @@ from tmpq_exp.data import ImageData
 from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
 from tmpq_exp.files import replace_file
 from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
-from tmpq_exp.progress import StageProgress
+from tmpq_exp.progress import StageProgress, quiet_lightning
 from tmpq_exp.report import samples_png
 from tmpq_exp.rundir import RunDirectory, describe_environment
 from tmpq_exp.seeding import stream_seed
@@ -40,6 +40,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     Writes ``model.safetensors`` and ``model_card.md`` into the run directory; for a classifier also
     ``reference.safetensors``, the statistics of the data under its features, for a diffusion model ``samples.png``.
     """
+    quiet_lightning()
     run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
     if run.weights.exists() and run.model_card.exists():
         print(f"already trained\nweights     {run.weights}\nmodel card  {run.model_card}")
@@ -47,8 +48,10 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     torch.manual_seed(stream_seed(config.seed, "train"))
     model = instantiate(config.model)
     if not isinstance(model, TrainableModel):
-        raise UserError(f"model: {type(model).__name__} has no training recipe here")
-    data: ImageData = instantiate(config.data)
+        raise UserError(f"model: {getattr(model, 'name', type(model).__name__)} has no training recipe here")
+    data = instantiate(config.data)
+    if not isinstance(data, ImageData):
+        raise UserError(f"data: {type(data).__name__} holds no training images; choose digits or cifar10")
     module = model.training_module()
     num_steps = module.recipe.num_steps
     checkpoint = ModelCheckpoint(run.path, filename="last", save_top_k=1, every_n_train_steps=CHECKPOINT_EVERY_STEPS)
@@ -67,9 +70,9 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     device = trainer.strategy.root_device
     network = module.trained_network().to(device)
     dtype = getattr(torch, model.weights_dtype)
-    network.to(dtype).float()  # from here on it is what is shipped
     state = network.state_dict()
-    weights = {key: v.to(dtype) if v.is_floating_point() else v for key, v in state.items()}
+    weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    network.load_state_dict(weights)  # from here on it is what is shipped
     write_tensors(run.weights, weights, {"model": model.name, "seed": str(config.seed)})
     facts = {
         "data": data.description,

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tmpq_exp.config import CalibrationConfig
+
 
 @pytest.fixture(scope="module")
 def bench() -> SimpleNamespace:
@@ -30,15 +32,22 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
         bench.winograd_ratio(4, 1, 8, 2),
         bench.winograd_ratio(4, 1, 8, 2, shaped=True),
         bench.winograd_memory(4, 1, 8),
-        bench.repair_rate(3, 1),
+        bench.candidate_rate(3, 1),
         bench.image_seconds(3, 2, 1),
     ]
     bench.write(tmp_path / "new" / "bench.json", measurements)
     lines = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert [set(line) for line in lines] == [{"name", "ratio", "unit", "goal", "met", "spread", "device"}] * 6
     assert all(line["ratio"] > 0 for line in lines)
-    assert [line["met"] is None for line in lines] == [False, False, True, False, True, False]
+    assert [line["met"] is None for line in lines] == [False, False, True, False, False, False]
     assert bench.table(measurements).row_count == 6
+
+
+@pytest.mark.slow
+def test_the_calibration_benchmarks_run(bench: SimpleNamespace) -> None:
+    tiny = CalibrationConfig("uniform_prefix", None, 2, 2, 1024, weight_iterations=1, act_iterations=1)
+    assert bench.calibration_seconds(tiny).ratio > 0
+    assert bench.calibration_loss(tiny).ratio > 0
 
 
 def test_the_cifar_network_is_the_one_of_the_papers(bench: SimpleNamespace) -> None:
@@ -67,6 +76,6 @@ def test_a_name_that_fits_nothing_is_an_error(bench: SimpleNamespace, capsys: py
 
 
 def test_one_name_runs_alone(bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main(["--only", "repair", "--rounds", "1", "--output", str(tmp_path / "bench.json")])
-    assert "Budget.repair" in capsys.readouterr().out
+    bench.main(["--only", "candidates per", "--rounds", "1", "--output", str(tmp_path / "bench.json")])
+    assert "filled candidates" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "bench.json").read_text())) == 1

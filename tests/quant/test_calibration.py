@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -15,9 +18,12 @@ from tmpq_exp.config import CalibrationConfig, QuantConfig, QuantizerConfig
 from tmpq_exp.cost import LinearShape
 from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
 from tmpq_exp.metrics.fidelity import mean_psnr_db
+from tmpq_exp.quant.activations import ActivationStore
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
-from tmpq_exp.quant.calibration import CalibrationModule, CalibrationState, trajectory_states
+from tmpq_exp.quant.blockwise import BlockwiseReconstruction, UnitRecord
+from tmpq_exp.quant.calibration import CalibrationModule, UnitFiles
 from tmpq_exp.quant.primitives import scale_and_zero_point
+from tmpq_exp.quant.states import CalibrationState, trajectory_states
 from tmpq_exp.quant.supernet import Supernet, SupernetModule
 from tmpq_exp.zoo.task import DiffusionTask
 
@@ -25,6 +31,14 @@ if TYPE_CHECKING:
     from tests.quant.conftest import Case
 
 CONFIG = CalibrationConfig(num_images=2, num_timesteps=3, max_values=1024)
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What a calibration set, and its module."""
+
+    state: dict[str, Tensor]
+    module: CalibrationModule
 
 
 class Chain(nn.Module):
@@ -76,10 +90,14 @@ def test_the_same_seed_gives_the_same_parameters(calibrate: Callable[[Calibratio
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
-def test_a_layer_with_nan_is_named(calibrate: Callable[[CalibrationModule], None]) -> None:
+def test_layer_and_timestep_with_nan_are_named(calibrate: Callable[[CalibrationModule], None]) -> None:
+    found = [*states(0), *states(5)]
+    found[1].x[3, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"layer first: .*NaN or infinity at timestep 5 "):
+        calibrate(CalibrationModule(chain(), found, CONFIG, 0))
     supernet = chain()
     supernet.layers[0].float_layer.weight.data[1, 1] = float("nan")
-    with pytest.raises(ValueError, match=r"layer second: .*NaN"):
+    with pytest.raises(ValueError, match=r"layer second: .*NaN or infinity at timestep 0 "):
         calibrate(CalibrationModule(supernet, states(0), CONFIG, 0))
 
 
@@ -101,14 +119,108 @@ def test_a_trainer_does_the_same(calibrate: Callable[[CalibrationModule], None],
         assert torch.equal(by_trainer.quantizer_state()[key], value)
 
 
+class Killed(Exception):
+    pass
+
+
+class Kill(L.Callback):
+    """Ends the process, as far as the module can tell, when an epoch begins."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise Killed
+
+
+def reconstruct(case: Case, method: str, folder: Path, max_bytes: int = 2**30, kill: int = -1) -> Reconstructed:
+    """Calibrate a network with block-wise reconstruction, as the pipeline does."""
+    minmax = QuantizerConfig(estimator="minmax")
+    supernet = case.supernet(QuantConfig(QuantizerConfig("per_channel", estimator="minmax"), minmax))
+    inputs = case.inputs(2)
+    conditioning = {key: value for key, value in inputs.items() if key not in ("sample", "timestep")}
+    found = [CalibrationState(inputs["sample"] + t / 100, t, conditioning) for t in (5, 1)]
+    config = CalibrationConfig(
+        method=method, max_values=1024, weight_iterations=2, act_iterations=2, batch_size=2, weight_learning_rate=0.3
+    )
+    files = UnitFiles(folder / "calibration", "inputs")
+    with ActivationStore(max_bytes, folder / "spill", torch.device("cpu")) as store:
+        module = CalibrationModule(supernet, found, config, 0, store, files)
+        trainer = L.Trainer(
+            max_epochs=module.num_epochs,
+            reload_dataloaders_every_n_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(folder),
+            callbacks=[Kill(kill)],
+        )
+        with nullcontext() if kill < 0 else pytest.raises(Killed):
+            trainer.fit(module)
+    return Reconstructed({key: value.clone() for key, value in supernet.quantizer_state().items()}, module)
+
+
+def same(a: Reconstructed, b: Reconstructed) -> bool:
+    return a.state.keys() == b.state.keys() and all(torch.equal(a.state[key], b.state[key]) for key in a.state)
+
+
+@pytest.mark.parametrize("method", [pytest.param("uniform_prefix", marks=pytest.mark.slow), "sampled"])
+def test_a_killed_calibration_goes_on_behind_its_last_unit(
+    cross_attention: Case, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[str] = []
+    learn = BlockwiseReconstruction.learn
+
+    def noting(self: BlockwiseReconstruction, index: int, name: int | str) -> list[UnitRecord]:
+        learned.append(self.units[index].name)
+        return learn(self, index, name)
+
+    monkeypatch.setattr(BlockwiseReconstruction, "learn", noting)
+    whole = reconstruct(cross_attention, method, tmp_path / "whole")
+    all_learned, learned[:] = list(learned), []
+    assert len(set(all_learned)) == whole.module.num_epochs - 1
+    folder = tmp_path / "killed"
+    reconstruct(cross_attention, method, folder, kill=9)
+    first, learned[:] = list(learned), []
+    assert 0 < len(first) < len(all_learned)
+    resumed = reconstruct(cross_attention, method, folder)
+    assert first + learned == all_learned
+    assert same(resumed, whole)
+    assert resumed.module.records == whole.module.records
+
+
+def test_spilling_changes_nothing(cross_attention: Case, tmp_path: Path) -> None:
+    kept = reconstruct(cross_attention, "uniform_prefix", tmp_path / "a")
+    spilled = reconstruct(cross_attention, "uniform_prefix", tmp_path / "b", max_bytes=0)
+    assert same(kept, spilled)
+    assert not (tmp_path / "b" / "spill").exists()
+    records = kept.module.records
+    assert {record.bits for record in records} == {8, 6, 4}
+    assert all(record.loss_after <= record.loss_before for record in records)
+
+
+def test_files_of_another_calibration_are_not_taken(tmp_path: Path) -> None:
+    state, records = {"scale": torch.ones(2)}, [UnitRecord("unit", 5, 2.0, 1.0)]
+    UnitFiles(tmp_path, "one").write(3, state, records)
+    found = UnitFiles(tmp_path, "one").read(3)
+    assert found is not None
+    assert torch.equal(found[0]["scale"], state["scale"])
+    assert found[1] == records
+    assert UnitFiles(tmp_path, "two").read(3) is None
+    assert UnitFiles(tmp_path, "one").read(4) is None
+
+
 def test_states_lie_on_the_float_trajectory(task: DiffusionTask) -> None:
-    found = trajectory_states(task, CONFIG, 0)
+    found = trajectory_states(task, 2, 3, 0)
     timesteps = spaced_timesteps(1000, 3, TimestepSpacing.TRAILING)
     assert tuple(state.timestep for state in found) == timesteps
-    again = trajectory_states(task, CONFIG, 0)
+    again = trajectory_states(task, 2, 3, 0)
     assert all(torch.equal(a.x, b.x) for a, b in zip(found, again, strict=True))
     assert all(state.x.shape == (2, 1, 16, 16) for state in found)
-    assert not torch.equal(trajectory_states(task, CONFIG, 1)[0].x, found[0].x)
+    assert not torch.equal(trajectory_states(task, 2, 3, 1)[0].x, found[0].x)
     # the first state is noise of unit variance and each later one is a copy of its own
     assert found[0].x.std().item() == pytest.approx(1, abs=0.1)
     assert len({state.x.data_ptr() for state in found}) == 3

@@ -33,6 +33,16 @@ class LayerSetting:
 FLOAT = LayerSetting()
 
 
+class Learning(Protocol):
+    """What stands in for quantizers whose parameters are being learned."""
+
+    def weight(self, layer: WeightedLayer, bits: int) -> Tensor:
+        """Quantized weight of a layer, differentiable in what is learned."""
+
+    def act(self, quantizer: ActQuantizer, x: Tensor, bits: int) -> Tensor:
+        """Quantized activations, differentiable in ``x`` and in what is learned."""
+
+
 class Sized(Protocol):
     """What knows how much memory it takes: a tensor, or a layer's Winograd weights."""
 
@@ -84,13 +94,18 @@ class QuantLayer(nn.Module):
     Args:
         name: Name in the layer list.
         cache: Where quantized weights are kept; one for all layers.
+        weight_choices, act_choices: Bit widths to hold; float needs none.
     """
 
-    def __init__(self, name: str, cache: WeightCache) -> None:
+    def __init__(
+        self, name: str, cache: WeightCache, weight_choices: Sequence[int], act_choices: Sequence[int]
+    ) -> None:
         super().__init__()
         self.name, self.cache = name, cache
+        self.weight_choices, self.act_choices = tuple(weight_choices), tuple(act_choices)
         self.setting = FLOAT
         self.observer: Observer | None = None
+        self.learning: Learning | None = None
 
     @abstractmethod
     def act_quantizers(self) -> Iterator[ActQuantizer]:
@@ -100,14 +115,25 @@ class QuantLayer(nn.Module):
         """The weight quantizer and the rows to estimate it from; None without weights."""
         return None
 
-    def check_tile(self, tile: int) -> None:
-        """Refuse a tile this layer cannot take.
+    def check(self, setting: LayerSetting) -> None:
+        """Refuse a setting this layer cannot take.
 
         Raises:
-            ValueError: If there is no such tile; the layer is named.
+            ValueError: If it holds no such bits, or there is no such tile; the layer is named.
         """
-        if tile != DIRECT_TILE and tile not in self.tiles():
-            raise ValueError(f"tile {tile} is not possible at layer {self.name}, which takes {sorted(self.tiles())}")
+        tile = setting.tile
+        if tile != DIRECT_TILE:  # its weights and activations are quantized in the Winograd domain, at any bits
+            if tile not in self.tiles():
+                raise ValueError(
+                    f"tile {tile} is not possible at layer {self.name}, which takes {sorted(self.tiles())}"
+                )
+            return
+        for kind, bits in (("weight", setting.weight_bits), ("act", setting.act_bits)):
+            choices = self.weight_choices if kind == "weight" else self.act_choices
+            if bits != FLOAT_BITS and bits not in choices:
+                raise ValueError(
+                    f"layer {self.name}: {kind}_bits must be one of {list(choices)} that were calibrated, found {bits}"
+                )
 
     def tiles(self) -> Collection[int]:
         """Winograd tiles that this layer may take."""
@@ -132,7 +158,25 @@ class QuantLayer(nn.Module):
         """``x`` at the present activation bits."""
         if self.observer is not None:
             self.observer(quantizer, x)
-        return x if self.setting.act_bits == FLOAT_BITS else quantizer(x, self.setting.act_bits)
+        return self._quantized(quantizer, x, self.setting.act_bits)
+
+    def _quantized(self, quantizer: ActQuantizer, x: Tensor, bits: int) -> Tensor:
+        if bits == FLOAT_BITS:
+            return x
+        return quantizer(x, bits) if self.learning is None else self.learning.act(quantizer, x, bits)
+
+
+@contextmanager
+def layers_at(layers: Sequence[QuantLayer], settings: Sequence[LayerSetting]) -> Iterator[None]:
+    """Run layers at these settings; on leaving, they are as they were."""
+    before = [layer.setting for layer in layers]
+    try:
+        for layer, setting in zip(layers, settings, strict=True):
+            layer.setting = setting
+        yield
+    finally:
+        for layer, setting in zip(layers, before, strict=True):
+            layer.setting = setting
 
 
 class WeightedLayer(QuantLayer):
@@ -144,6 +188,7 @@ class WeightedLayer(QuantLayer):
         num_inputs, channel_dim: Channels of the input and where they are.
         weight_choices, act_choices: Bit widths to hold; float needs none.
         config: Quantizer settings.
+        seam: Input channels before the seam of a concatenation, 0 without one; see the quantizers.
     """
 
     def __init__(
@@ -156,11 +201,12 @@ class WeightedLayer(QuantLayer):
         weight_choices: Sequence[int],
         act_choices: Sequence[int],
         config: QuantConfig,
+        seam: int = 0,
     ) -> None:
-        super().__init__(name, cache)
+        super().__init__(name, cache, weight_choices, act_choices)
         self.float_layer = float_layer
-        self.weight_quantizer = WeightQuantizer(weight_choices, float_layer.weight.shape, config.weight)
-        self.act_quantizer = ActQuantizer(act_choices, num_inputs, channel_dim, config.act)
+        self.weight_quantizer = WeightQuantizer(weight_choices, float_layer.weight.shape, config.weight, seam)
+        self.act_quantizer = ActQuantizer(act_choices, num_inputs, channel_dim, config.act, seam)
 
     def act_quantizers(self) -> Iterator[ActQuantizer]:
         """The input's."""
@@ -175,6 +221,10 @@ class WeightedLayer(QuantLayer):
         bits = self.setting.weight_bits
         if bits == FLOAT_BITS:
             return self.float_layer.weight
+        return self.quantized_weight(bits) if self.learning is None else self.learning.weight(self, bits)
+
+    def quantized_weight(self, bits: int) -> Tensor:
+        """Weights of direct computation at these bits."""
         key = (self.name, bits, DIRECT_TILE)
         weight: Tensor = self.cache.get(key, lambda: self.weight_quantizer(self.float_layer.weight, bits))
         return weight
@@ -264,7 +314,7 @@ class QuantAttentionProducts(QuantLayer):
         act_choices: Sequence[int],
         config: QuantizerConfig,
     ) -> None:
-        super().__init__(name, cache)
+        super().__init__(name, cache, softmax_choices, act_choices)
         self.float_processor = float_processor
         self.q, self.k, self.v = (ActQuantizer(act_choices, inner_dim, -1, config) for _ in range(3))
         unsigned = QuantizerConfig(estimator="minmax", symmetric=False)
@@ -329,7 +379,6 @@ class QuantAttentionProducts(QuantLayer):
         weights = attn.get_attention_scores(query, key, mask)
         if self.observer is not None:
             self.observer(self.softmax, weights)
-        if self.setting.weight_bits != FLOAT_BITS:
-            weights = self.softmax(weights, self.setting.weight_bits)
+        weights = self._quantized(self.softmax, weights, self.setting.weight_bits)
         products: Tensor = attn.batch_to_head_dim(torch.bmm(weights, value))
         return products

@@ -122,6 +122,18 @@ def _absmax(x: Tensor, dims: list[int]) -> Tensor:
     return torch.maximum(high, -low)
 
 
+def pack_bits(mask: Tensor) -> Tensor:
+    """Booleans of any shape -> bytes ``(ceil(n / 8),)`` in contiguous order, the first value in the lowest bit."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """Inverse of ``pack_bits``: the first ``count`` values, as booleans."""
+    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1).bool().view(-1)[:count]
+
+
 def sqnr_db(reference: Tensor, estimate: Tensor) -> float:
     """Signal-to-quantization-noise ratio in dB, ``10 log10(|reference|^2 / |reference - estimate|^2)``, in float64.
 

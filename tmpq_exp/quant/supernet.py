@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tmpq_exp.config import QuantConfig
-from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
+from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import Allocation, Candidate
 from tmpq_exp.quant.layers import (
     LayerSetting,
@@ -22,12 +22,14 @@ from tmpq_exp.quant.layers import (
     QuantLayer,
     QuantLinear,
     WeightCache,
+    layers_at,
 )
 from tmpq_exp.quant.quantizer import Quantizer
+from tmpq_exp.quant.seams import find_seams
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.matrices import NetworkMatrices
 from tmpq_exp.winograd.scales import ScaleSet, as_scale_set
-from tmpq_exp.winograd.transform import WinogradScales, ineligible_reason
+from tmpq_exp.winograd.transform import WinogradScales
 from tmpq_exp.zoo.task import DiffusionTask
 
 PRODUCTS_SUFFIX = ".products"
@@ -43,6 +45,7 @@ class Supernet(nn.Module):
         layers: Its layers, in the order of every allocation (``trace_layers``).
         weight_choices, act_choices: Bit widths each layer holds, one entry a layer.
         config: Quantizer settings.
+        seams: Layer name -> input channels before the seam of a concatenation, whose two sides are quantized apart.
 
     References:
         Sun et al., "TMPQ-DM", arXiv 2404.09532: weight-sharing supernet as precision solver.
@@ -55,12 +58,13 @@ class Supernet(nn.Module):
         weight_choices: Sequence[Sequence[int]],
         act_choices: Sequence[Sequence[int]],
         config: QuantConfig,
+        seams: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
         self.network: nn.Module = _with_fixed_dtype(copy.deepcopy(network, shared))
         self.cache = WeightCache(config.cache_max_bytes)
-        self.shapes, self.config = tuple(layers), config
+        self.shapes, self.config, self.seams = tuple(layers), config, dict(seams or {})
         self.winograd: dict[int, tuple[WinogradSpec, NetworkMatrices]] = {}
         choices = zip(layers, weight_choices, act_choices, strict=True)
         self._layers = [self._replace(shape, weights, acts) for shape, weights, acts in choices]
@@ -89,6 +93,7 @@ class Supernet(nn.Module):
             "weight_choices": weight_choices,
             "act_choices": act_choices,
             "config": self.config,
+            "seam": self.seams.get(shape.name, 0),
         }
         if isinstance(shape, ConvShape):
             layer = QuantConv2d(winograd=self.winograd if is_eligible(shape) else {}, **arguments)
@@ -123,24 +128,18 @@ class Supernet(nn.Module):
         """Run at these bits and tiles; on leaving, the layers are as they were.
 
         Raises:
-            ValueError: If the allocation has another number of layers, or a tile that a layer cannot take.
+            ValueError: If the allocation has another number of layers, or bits or a tile that a layer cannot take.
         """
         if len(allocation) != len(self._layers):
             raise ValueError(f"the network has {len(self._layers)} layers, the allocation {len(allocation)} entries")
-        before = [layer.setting for layer in self._layers]
         settings = [
             LayerSetting(*setting)
             for setting in zip(allocation.weight_bits, allocation.act_bits, allocation.tiles, strict=True)
         ]
         for layer, setting in zip(self._layers, settings, strict=True):
-            layer.check_tile(setting.tile)
-        for layer, setting in zip(self._layers, settings, strict=True):
-            layer.setting = setting
-        try:
+            layer.check(setting)
+        with layers_at(self._layers, settings):
             yield
-        finally:
-            for layer, setting_before in zip(self._layers, before, strict=True):
-                layer.setting = setting_before
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
@@ -155,41 +154,52 @@ class Supernet(nn.Module):
         """The layers, in the order of every allocation."""
         return tuple(self._layers)
 
-    def named_quantizers(self) -> Iterator[tuple[str, Quantizer]]:
-        """All quantizers, as ``<layer>/<quantizer>``."""
-        for layer in self._layers:
+    def named_quantizers(self, layers: Sequence[QuantLayer] | None = None) -> Iterator[tuple[str, Quantizer]]:
+        """Quantizers of all or of some layers, as ``<layer>/<quantizer>``."""
+        for layer in self._layers if layers is None else layers:
             for name, quantizer in layer.quantizers():
                 yield f"{layer.name}/{name}", quantizer
 
-    def quantizer_state(self) -> dict[str, Tensor]:
-        """Scales and zero points of all quantizers, no weights: ``<layer>/<quantizer>.<buffer>``."""
+    def quantizer_state(self, layers: Sequence[QuantLayer] | None = None) -> dict[str, Tensor]:
+        """Scales, zero points and roundings of quantizers, no weights: ``<layer>/<quantizer>.<buffer>``.
+
+        Args:
+            layers: Whose; None takes all.
+        """
         return {
             f"{name}.{buffer}": value
-            for name, quantizer in self.named_quantizers()
+            for name, quantizer in self.named_quantizers(layers)
             for buffer, value in quantizer.named_buffers()
         }
 
-    def load_quantizer_state(self, state: Mapping[str, Tensor], source: str) -> None:
+    def load_quantizer_state(
+        self, state: Mapping[str, Tensor], source: str, layers: Sequence[QuantLayer] | None = None
+    ) -> None:
         """Inverse of ``quantizer_state``.
 
         Raises:
             ValueError: If the state is of another network or other bit choices, or not finite; ``source`` is named
                 and nothing is changed.
         """
-        own = self.quantizer_state()
+        own = self.quantizer_state(layers)
         if state.keys() != own.keys():
             first = sorted(state.keys() ^ own.keys())[0]
             raise ValueError(f"{source} holds quantizers of another network; the first that differs is {first}")
-        for key, buffer in own.items():
-            if state[key].shape != buffer.shape:
+        buffers = [
+            (quantizer, buffer, f"{name}.{buffer}")
+            for name, quantizer in self.named_quantizers(layers)
+            for buffer, _ in quantizer.named_buffers()
+        ]
+        for quantizer, buffer, key in buffers:
+            if not quantizer.accepts(buffer, state[key]):
                 raise ValueError(
-                    f"{source}: {key} has shape {tuple(state[key].shape)}, expected {tuple(buffer.shape)}; "
+                    f"{source}: {key} has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}; "
                     "it was made for other bit choices"
                 )
             if not state[key].isfinite().all():
                 raise ValueError(f"{source}: {key} is not finite")
-        for key, buffer in own.items():
-            buffer.copy_(state[key])
+        for quantizer, buffer, key in buffers:
+            quantizer.set_buffer(buffer, state[key])
         self.quantizers_changed()
 
     def quantizers_changed(self) -> None:
@@ -197,7 +207,7 @@ class Supernet(nn.Module):
         self.cache.clear()
         for layer in self._layers:
             for quantizer in layer.act_quantizers():
-                quantizer.forget_scalars()
+                quantizer.forget_parameters()
 
 
 def _with_fixed_dtype(network: nn.Module) -> nn.Module:
@@ -210,11 +220,6 @@ def _with_fixed_dtype(network: nn.Module) -> nn.Module:
     cls = type(network)
     network.__class__ = type(cls.__name__, (cls,), {"dtype": property(lambda _: dtype), "__module__": cls.__module__})
     return network
-
-
-def is_eligible(shape: ConvShape) -> bool:
-    """Whether a convolution can be computed with F(m, 3)."""
-    return ineligible_reason(shape.kernel_size, shape.stride, shape.dilation, shape.groups) is None
 
 
 class SupernetModule(L.LightningModule):
@@ -237,7 +242,8 @@ class SupernetModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.task = task
-        self.supernet = Supernet(task.unet, layers, weight_choices, act_choices, config)
+        seams = find_seams(task.unet, task.probe) if config.split_shortcuts else {}
+        self.supernet = Supernet(task.unet, layers, weight_choices, act_choices, config, seams)
         self._request: tuple[Candidate, Sequence[Sequence[int]], int] | None = None
 
     @torch.inference_mode()

@@ -29,6 +29,7 @@ REPORT_KEYS: Mapping[str, str] = {
     "baselines": "entries float_reference, float_k, w8a8 and w6a6 on the final seeds",
     "best": "entry of the model that is shipped on the final seeds, plus metrics_supernet, candidate, layers, weighted",
     "front": "entries that no other one beats in both quality and BitOPs",
+    "calibration": "[{unit, bits, loss_before, loss_after}]: squared output error of every block; empty for ranges",
     "winograd": "one element a tile, see WINOGRAD_KEYS; empty if no tile was examined",
     "search": "see SEARCH_KEYS",
     "evidence": "how far the search's figures can be trusted, see EVIDENCE_KEYS",
@@ -53,6 +54,7 @@ ENTRY_KEYS: Mapping[str, str] = {
 
 BEST_KEYS: Mapping[str, str] = {
     "metrics_supernet": "metrics of the same candidate inside the supernet, before it was specialized",
+    "recalibration": "null, or {shipped, selection, metrics_recalibrated}: the candidate calibrated for its own bits",
     "candidate": "{timesteps, allocations}: the candidate itself, as in the recipe",
     "layers": "names of the quantized layers in the order of the allocation",
     "weighted": "one boolean a layer: false for attention products, which have no weights",
@@ -85,6 +87,9 @@ EVIDENCE_KEYS: Mapping[str, str] = {
 
 BASELINE_NAMES = ("float_reference", "float_k", "w8a8", "w6a6")
 """Baselines that every report has, in the order of the table."""
+
+SPACINGS = ("leading", "trailing")
+"""Schedules of further baselines, in their names behind the bits; the others are quadratic."""
 
 _HIGHER_IS_BETTER = ("psnr", "ssim", "clip", "inception_score", "accuracy", "sqnr")
 
@@ -205,7 +210,8 @@ def entry_label(entry: Mapping[str, Any], *, is_best: bool = False) -> str:
         return "Best found"
     if str(entry["name"]).startswith("float"):
         return f"Float, {len(entry['timesteps'])} steps"
-    return str(entry["bits"]["label"])
+    _, _, spacing = str(entry["name"]).partition("_")
+    return f"{entry['bits']['label']}, {spacing}" if spacing in SPACINGS else str(entry["bits"]["label"])
 
 
 def table_rows(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

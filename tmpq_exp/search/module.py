@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective
 
 
@@ -54,7 +54,7 @@ class SearchModule(L.LightningModule):
         proxy: The cheap look before; None scores all.
     """
 
-    def __init__(self, search: EvolutionSearch, objective: Objective, proxy: Proxy | None = None) -> None:
+    def __init__(self, search: Search, objective: Objective, proxy: Proxy | None = None) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.search, self.objective, self.proxy = search, objective, proxy

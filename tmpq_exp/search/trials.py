@@ -24,8 +24,9 @@ class Trial:
     Args:
         index: Line number in the file, from 0.
         phase: ``proxy`` (a cheap look at few images), ``search`` (scored by the search), ``random`` (by the random
-            search beside it), ``baseline`` (uniform bits under the search's protocol), ``noise`` (the winner on other
-            seeds), ``selection`` (finalists on a second set of seeds) or ``final`` (baselines and winner on a third).
+            search beside it), ``baseline`` (uniform bits under the search's protocol), ``recalibrated`` (under the
+            search's protocol, calibrated for its own bits), ``noise`` (the winner on other seeds), ``selection``
+            (finalists on a second set of seeds) or ``final`` (baselines and winner on a third).
         name: Name of a baseline or of the winner.
         generation: Generation of a search trial.
         key: ``Candidate.key()``.
@@ -99,11 +100,22 @@ class TrialLog:
             self.num_lines = data.count(b"\n")
             for trial in self._parsed(path, data):
                 self._remember(trial)
+        self._elsewhere = {directory: -1 for directory in reuse}
         self._reusable: dict[tuple[str, str, str], Trial] = {}
-        for directory in reuse:
-            file = directory / path.name
-            for trial in self._parsed(file, _read(file)):
-                self._reusable.setdefault(_identity(trial), replace(trial, source=trial.source or str(directory)))
+        self._reread()
+
+    def _reread(self) -> None:
+        """Trials that other runs, which may still go on, have recorded since the last look."""
+        for directory, size in self._elsewhere.items():
+            file = directory / self.path.name
+            data = _read(file)
+            if len(data) == size:
+                continue
+            self._elsewhere[directory] = len(data)
+            self._reusable |= {
+                _identity(trial): replace(trial, source=trial.source or str(directory))
+                for trial in self._parsed(file, data[: data.rfind(b"\n") + 1])
+            }
 
     def _parsed(self, path: Path, data: bytes) -> list[Trial]:
         """Readable trials of a file; what cannot be read is said."""
@@ -135,7 +147,8 @@ class TrialLog:
         return self._by_key.get((candidate.key(), fingerprint, state))
 
     def find_elsewhere(self, candidate: Candidate, fingerprint: str, state: str) -> Trial | None:
-        """As ``find``, in the run directories to reuse."""
+        """As ``find``, in the run directories to reuse, as they are now."""
+        self._reread()
         return self._reusable.get((candidate.key(), fingerprint, state))
 
     def append(self, trial: Trial) -> None:
