@@ -15,6 +15,7 @@ from tmpq_exp.classification import BITS, Row, Study, allocation, evaluate, prep
 from tmpq_exp.config import Config
 from tmpq_exp.metrics.accuracy import wilson_interval
 from tmpq_exp.pipeline import make_tracker
+from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.report.classification import SCHEMA, classification_table, write_classification_json
 from tmpq_exp.report.classification_page import classification_html
@@ -38,6 +39,7 @@ def classify(config: Config, resolved: dict[str, Any]) -> None:
     Raises:
         ValueError: If the input is bad; rows that were done before are kept.
     """
+    quiet_lightning()
     with writing(Path(config.paths.run_dir)):
         run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
         study = prepare(config, run)
