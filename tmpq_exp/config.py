@@ -424,7 +424,7 @@ class EvaluationConfig:
     baseline_spacings: list[str] = field(default_factory=lambda: ["quadratic"])
     reference_steps: int = 50
     micro_batch: int = 64
-    paired_images: int = 256
+    paired_images: int = 512
     bootstrap: int = 100
     noise_seeds: int = 3
     ranked_candidates: int = 6
