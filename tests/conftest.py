@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -16,3 +17,13 @@ def pytest_configure(config: pytest.Config) -> None:
     for message in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
     quiet_lightning()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real inputs that are not part of the repository: ``TMPQ_EXP_DATA``, or ``../shared/data`` beside the checkout."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("TMPQ_EXP_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real inputs at {folder}; name their folder in TMPQ_EXP_DATA")
+    return folder

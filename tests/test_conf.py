@@ -74,8 +74,8 @@ def bind(node: Any, path: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option not in DEFAULT_OPTIONS])
 def test_every_option_composes_and_binds_to_its_target(option: str) -> None:
-    group, _, choice = option.rpartition("/")
-    assert group, f"conf/{option}.yaml is in no group, so no test and no user reaches it"
+    group, _, choice = option.partition("/")
+    assert choice, f"conf/{option}.yaml is in no group, so no test and no user reaches it"
     config = composed(f"{group}={choice}", *NEEDED.get(option, []))
     assert {"task", "model", "data", "search", "trainer", "evaluation.metric"} <= set(
         bind(OmegaConf.to_container(config, resolve=True))
@@ -210,6 +210,16 @@ def test_a_value_out_of_range_is_named_with_what_is_accepted(
         ("space.weight_bits=[]", "must not be empty"),
         ("space.act_bits=[8,8]", "must not repeat"),
         ("winograd.report_tiles=[2,7]", "2..6, found 7"),
+        ("classification.scales=[best]", "standard, closed_form, learned, found 'best'"),
+        ("classification.tiles=[{m: 7}]", "2..6, found 7"),
+        ("classification.tiles=[{m: 4, points: best}]", "standard or improved, found 'best'"),
+        ("classification.tiles=[{m: 2}, {m: 2}]", "names must differ, found f2_standard_closed_form"),
+        ("classification.further=[{name: mine, m: 1}]", "2..6, found 1"),
+        ("classification.further=[{name: mine, scales: best}]", "learned, found 'best'"),
+        ("classification.further=[{name: mine, winograd: {m_bits: 1}}]", "mine: winograd.m_bits must be in 2..16"),
+        ("classification.further=[{name: mine, winograd: {m_bits: few}}]", "mine: Value 'few'"),
+        ("classification.further=[{name: mine, winograd: {mbits: 8}}]", "mine: Key 'mbits'"),
+        ("classification.further=[{name: mine, winograd: {tile: 4}}]", "mine: winograd.tile is set by the row itself"),
         ("winograd.shaped_stages=[u,x]", "u, v or m, found 'x'"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tmpq_exp.data import DigitsData, FolderData, to_uint8, uci_digits
+from tmpq_exp.data import DigitsData, FolderData, ImageFolderData, evenly_chosen, to_uint8, uci_digits
 
 
 def test_digits() -> None:
@@ -121,3 +124,103 @@ def test_bad_folders_are_refused_by_name(tmp_path: Path) -> None:
     (root / "test" / "cat").rename(root / "test" / "dog")
     with pytest.raises(ValueError, match=r"different classes, first cat"):
         folder_data(root)
+
+
+def class_folders(root: Path, sizes: dict[str, tuple[int, int]]) -> Path:
+    """``<root>/<class>/<i>.png``, image i of grey value 10 i; sizes by ``class/file``."""
+    for index, (name, size) in enumerate(sizes.items()):
+        path = root / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (10 * index,) * 3).save(path)
+    return root
+
+
+def even(root: Path, per_class: int = 5) -> Path:
+    names = [f"{kind}/{i}" for kind in ("cat", "dog", "ship") for i in range(per_class)]
+    return class_folders(root, dict.fromkeys(names, (8, 8)))
+
+
+def test_test_images_come_in_order_and_normalised(tmp_path: Path) -> None:
+    data = ImageFolderData(str(even(tmp_path)), mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 4.0], batch_size=4)
+    batches = list(data.test_dataloader())
+    assert [len(labels) for _, labels in batches] == [4, 4, 4, 3]
+    assert data.num_batches == 4
+    assert (data.classes, data.image_shape) == (("cat", "dog", "ship"), (3, 8, 8))
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    images = torch.cat([images for images, _ in batches])
+    grey = torch.arange(15) * 10 / 255
+    for colour, (mean, std) in enumerate(zip((0.1, 0.2, 0.3), (1.0, 2.0, 4.0), strict=True)):
+        assert torch.allclose(images[:, colour, 0, 0], (grey - mean) / std, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("limit", "chosen"), [(None, range(15)), (15, range(15)), (99, range(15)), (5, range(0, 15, 3)), (3, (0, 5, 10))]
+)
+def test_limit_takes_every_so_manieth_file_so_that_all_classes_are_in(
+    limit: int | None, chosen: Iterable[int], tmp_path: Path
+) -> None:
+    data = ImageFolderData(str(even(tmp_path)), limit=limit)
+    everything = ImageFolderData(str(tmp_path)).samples
+    assert data.samples == [everything[index] for index in chosen]
+    assert {label for _, label in data.samples} == {0, 1, 2}
+
+
+@given(st.integers(1, 500), st.integers(1, 600))
+def test_chosen_values_lie_at_equal_distances(num_values: int, count: int) -> None:
+    chosen = [index for _, index in evenly_chosen([("", i) for i in range(num_values)], count)]
+    assert len(chosen) == min(count, num_values)
+    assert chosen[0] == 0
+    steps = {b - a for a, b in itertools.pairwise(chosen)}
+    assert steps <= {num_values // len(chosen), -(-num_values // len(chosen))}
+
+
+def test_images_of_many_sizes_are_resized_and_cropped(tmp_path: Path) -> None:
+    root = class_folders(tmp_path, {"a/0": (20, 10), "a/1": (10, 30), "b/0": (8, 8)})
+    data = ImageFolderData(str(root), resize=8, crop=6)
+    ((images, _),) = data.test_dataloader()
+    assert images.shape == (3, 3, 6, 6)
+    with pytest.raises(ValueError, match=r"a/1\.png has 10x30 pixels, the first image 20x10; set data\.resize"):
+        list(ImageFolderData(str(root)).test_dataloader())
+    with pytest.raises(ValueError, match=r"data\.crop: .*b/0\.png has 8x8 pixels, less than 9"):
+        list(ImageFolderData(str(root), crop=9).test_dataloader())
+
+
+def test_the_fingerprint_knows_images_and_what_is_done_to_them(tmp_path: Path) -> None:
+    root = str(even(tmp_path))
+    first = ImageFolderData(root).fingerprint()
+    assert first == ImageFolderData(root, batch_size=7).fingerprint()
+    others = [ImageFolderData(root, limit=5), ImageFolderData(root, crop=4), ImageFolderData(root, std=[1, 1, 1])]
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "cat" / "0.png")
+    assert len({first, ImageFolderData(root).fingerprint(), *(data.fingerprint() for data in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"limit": 0}, r"data\.limit must be at least 1, found 0"),
+        ({"batch_size": 0}, r"data\.batch_size must be at least 1, found 0"),
+        ({"resize": 0}, r"data\.resize must be at least 1 pixel, found 0"),
+        ({"crop": -2}, r"data\.crop must be at least 1 pixel, found -2"),
+        ({"resize": 8, "crop": 9}, r"data\.crop must be at most data\.resize \(8\), found 9"),
+        ({"mean": [0.5]}, r"data\.mean must have 3 entries"),
+        ({"std": [1.0, 0.0, 1.0]}, r"data\.std must be above 0"),
+    ],
+)
+def test_bad_settings_of_test_images_are_named(arguments: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        ImageFolderData(str(even(tmp_path)), **arguments)
+
+
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.root must be given"):
+        ImageFolderData(None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow" / "cat").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name in ("nowhere", "empty", "hollow", "file"):
+        with pytest.raises(ValueError, match=rf"data\.root: .*{name} must hold one subfolder of images a class"):
+            ImageFolderData(str(tmp_path / name))
+    root = even(tmp_path / "damaged")
+    (root / "dog" / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"dog/3\.png cannot be read as an image"):
+        list(ImageFolderData(str(root)).test_dataloader())

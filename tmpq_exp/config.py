@@ -8,10 +8,14 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tmpq_exp.quant.allocation import FLOAT_BITS
 
 MIN_BITS, MAX_BITS = 2, 16
+
+SCALES = ("standard", "closed_form", "learned")
+"""Kinds of scales of the Winograd transforms."""
 
 
 class UserError(ValueError):
@@ -187,10 +191,28 @@ class WinogradConfig:
                 raise UserError(f"winograd.report_tiles must hold tiles in 2..6, found {tile}")
         if not isinstance(self.points, (str, list)):
             raise UserError(f"winograd.points must be standard, improved or a list of points, found {self.points!r}")
-        if self.scales not in ("standard", "closed_form", "learned"):
+        if self.scales not in SCALES:
             raise UserError(f"winograd.scales must be standard, closed_form or learned, found {self.scales!r}")
         self._check_layout()
         self._check_stage_bits()
+
+    def varied(self, row: VariantConfig) -> WinogradConfig:
+        """These settings with what a row of classification changes.
+
+        Raises:
+            UserError: If the row names no key of this group, or a value is of a wrong type or out of range.
+        """
+        own = {"tile": row.m, "points": row.points, "scales": row.scales}
+        taken = sorted(own.keys() & row.winograd.keys())
+        if taken:
+            raise UserError(f"classification.further: {row.name}: winograd.{taken[0]} is set by the row itself")
+        try:
+            varied = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self), row.winograd, own))
+        except (OmegaConfBaseException, UserError) as error:
+            first_line = str(error).splitlines()[0]
+            raise UserError(f"classification.further: {row.name}: {first_line}") from error
+        assert isinstance(varied, WinogradConfig)
+        return varied
 
     def _check_layout(self) -> None:
         if self.group_size == "all":
@@ -218,6 +240,90 @@ class WinogradConfig:
                 _check_bits(f"winograd.{name}", bits)
         if self.transform_bits is not None and not 4 <= self.transform_bits <= 16:
             raise UserError(f"winograd.transform_bits must be in 4..16 or null, found {self.transform_bits}")
+
+
+@dataclass
+class TileConfig:
+    """A tile that classification examines.
+
+    Args:
+        m: Outputs of F(m, 3) in one dimension, 2..6.
+        points: ``standard`` or ``improved``.
+    """
+
+    m: int = 4
+    points: str = "standard"
+
+    def __post_init__(self) -> None:
+        _check_tile("classification.tiles", self.m)
+        if self.points not in ("standard", "improved"):
+            raise UserError(f"classification.tiles: points must be standard or improved, found {self.points!r}")
+
+
+@dataclass
+class VariantConfig:
+    """A further row of classification: a tile, and what differs from the ``winograd`` group.
+
+    Args:
+        name: Of the row; no other row has it.
+        m: Outputs of F(m, 3) in one dimension, 2..6.
+        points: ``standard``, ``improved`` or a list of rationals and ``inf``.
+        scales: ``standard``, ``closed_form`` or ``learned``.
+        winograd: Keys of the ``winograd`` group with their values.
+    """
+
+    name: str = MISSING
+    m: int = 4
+    points: Any = "standard"
+    scales: str = "closed_form"
+    winograd: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_tile("classification.further", self.m)
+        if self.scales not in SCALES:
+            raise UserError(f"classification.further: scales must be one of {', '.join(SCALES)}, found {self.scales!r}")
+
+
+@dataclass
+class ClassificationConfig:
+    """What ``task=classify`` compares, beside the float network and direct W8A8.
+
+    Args:
+        tiles: Each is evaluated with each of ``scales``.
+        scales: ``standard``, ``closed_form``, ``learned``.
+        further: Rows of other kinds.
+    """
+
+    tiles: list[TileConfig] = field(
+        default_factory=lambda: [TileConfig(2), TileConfig(4), TileConfig(4, "improved"), TileConfig(6)]
+    )
+    scales: list[str] = field(default_factory=lambda: list(SCALES))
+    further: list[VariantConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for scales in self.scales:
+            if scales not in SCALES:
+                raise UserError(f"classification.scales must hold {', '.join(SCALES)}, found {scales!r}")
+        rows = [row.name for row in self.rows()]
+        repeated = sorted({name for name in rows if rows.count(name) > 1})
+        if repeated:
+            raise UserError(
+                f"classification.tiles, classification.further: names must differ, found {repeated[0]} more than once"
+            )
+
+    def rows(self) -> list[VariantConfig]:
+        """All Winograd rows: ``f{m}_{points}_{scales}``, then the further ones."""
+        named = [
+            VariantConfig(f"f{tile.m}_{tile.points}_{scales}", tile.m, tile.points, scales)
+            for tile in self.tiles
+            for scales in self.scales
+        ]
+        return [*named, *self.further]
+
+
+def _check_tile(name: str, m: int) -> None:
+    if not 2 <= m <= 6:
+        raise UserError(f"{name}: m must be in 2..6, found {m}")
 
 
 @dataclass
@@ -500,11 +606,11 @@ class Config:
     """Everything a job is told; the groups of ``conf/`` fill it.
 
     Args:
-        task: What to do, a partial ``_target_``: ``run``, ``train``, ``states`` or ``cost``.
+        task: What to do, a partial ``_target_``: ``run``, ``train``, ``states``, ``classify`` or ``cost``.
         tier: ``full`` or ``smoke``; only its name is kept.
         executor: Who scores candidates: ``local``.
         model: The float model, a ``_target_``.
-        data: Images for training, a ``_target_``.
+        data: Images for training, or test images of a classifier, a ``_target_``.
         search: The search algorithm, a partial ``_target_``.
         trainer: The Lightning Trainer, a partial ``_target_``.
         reuse: Run directories whose evaluations are taken over where protocol and quantizers are the same, as they
@@ -522,6 +628,7 @@ class Config:
     data: Any = MISSING
     quant: QuantConfig = field(default_factory=QuantConfig)
     winograd: WinogradConfig = field(default_factory=WinogradConfig)
+    classification: ClassificationConfig = field(default_factory=ClassificationConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     space: SpaceConfig = field(default_factory=SpaceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -549,6 +656,8 @@ class Config:
             _check_at_least("search_seed", self.search_seed, 0)
         if self.num_threads is not None:
             _check_at_least("num_threads", self.num_threads, 1)
+        for row in self.classification.further:
+            self.winograd.varied(row)
         if self.cost.scale == "release" and self.winograd.tile != 0:
             raise UserError(f"winograd.tile must be 0 under cost.scale=release, found {self.winograd.tile}")
 

@@ -1,8 +1,9 @@
-"""Image data for training recipes and reference statistics, as LightningDataModules."""
+"""Image data for training recipes, reference statistics and the test of classifiers, as LightningDataModules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 DIGITS_SIZE = 16
@@ -174,17 +176,10 @@ def read_folder(folder: Path, size: int) -> tuple[LabelledImages, tuple[str, ...
     Raises:
         ValueError: If the folder is missing or holds no images, or an image cannot be read or has another size.
     """
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise ValueError(f"data.root: {folder} must hold one subfolder of images a class ({error})") from None
+    found = _labelled_files(folder)
 
     def read(path: str) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"data.root: {path} cannot be read as an image ({error})") from error
+        pixels = np.asarray(_open_rgb(path))
         if pixels.shape != (size, size, 3):
             raise ValueError(
                 f"data.root: {path} must be {size}x{size} pixels, found {pixels.shape[1]}x{pixels.shape[0]}"
@@ -195,3 +190,139 @@ def read_folder(folder: Path, size: int) -> tuple[LabelledImages, tuple[str, ...
         images = np.stack(list(pool.map(read, (path for path, _ in found.samples), chunksize=256)))
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return LabelledImages(pixels, torch.tensor(found.targets)), tuple(found.classes)
+
+
+def _labelled_files(folder: Path) -> ImageFolder:
+    try:
+        return ImageFolder(str(folder))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"data.root: {folder} must hold one subfolder of images a class ({error})") from None
+
+
+def _open_rgb(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"data.root: {path} cannot be read as an image ({error})") from error
+
+
+class ImageFolderData(L.LightningDataModule):
+    """Test images of a classifier, ``<root>/<class>/*``, read from disk batch by batch.
+
+    Labels count the class folders in sorted order.
+
+    Args:
+        root: The folder.
+        name: What to call the images wherever a figure is reported.
+        resize: Pixels of the shorter side after resizing (bilinear, with antialiasing); None leaves images as they are.
+        crop: Side in pixels of the square that is cut from the middle; None takes whole images.
+        mean, std: Of each colour, in [0, 1]: images are normalised to ``(image - mean) / std``.
+        limit: Take n images, every (N / n)-th file in sorted order, so that all classes are in; None, or a number from
+            N on, takes all.
+        batch_size: Images a batch.
+
+    Raises:
+        ValueError: If a setting is out of range, or the folder is missing or holds no images.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        name: str | None = None,
+        resize: int | None = None,
+        crop: int | None = None,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        limit: int | None = None,
+        batch_size: int = 100,
+    ) -> None:
+        super().__init__()
+        if root is None:
+            raise ValueError("data.root must be given: a folder that holds one subfolder of test images a class")
+        _check_preprocessing(resize, crop, mean, std)
+        for key, value in (("limit", limit), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{key} must be at least 1, found {value}")
+        found = _labelled_files(Path(root))
+        self.root, self.name, self.batch_size = Path(root), name or Path(root).name, batch_size
+        self.classes: tuple[str, ...] = tuple(found.classes)
+        self.samples = evenly_chosen(found.samples, len(found.samples) if limit is None else limit)
+        self.crop = crop
+        steps: list[nn.Module] = [] if resize is None else [transforms.Resize(resize, antialias=True)]
+        steps += [] if crop is None else [transforms.CenterCrop(crop)]
+        self.preprocessing = {"resize": resize, "crop": crop, "mean": list(mean), "std": list(std)}
+        self._transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+        self.image_shape: tuple[int, int, int] = tuple(self._transform(_open_rgb(self.samples[0][0])).shape)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Normalised images ``(n, 3, H, W)`` with labels ``(n,)``, in order."""
+        batches = BatchSampler(SequentialSampler(self.samples), self.batch_size, drop_last=False)
+        return DataLoader(_Files(self), sampler=batches, batch_size=None)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of ``test_dataloader``."""
+        return -(-len(self.samples) // self.batch_size)
+
+    def read(self, path: str) -> Tensor:
+        """One image as the network gets it.
+
+        Raises:
+            ValueError: If it cannot be read, or has another size than the first one.
+        """
+        image = _open_rgb(path)
+        if self.preprocessing["resize"] is None and self.crop is not None and min(image.size) < self.crop:
+            raise ValueError(f"data.crop: {path} has {image.size[0]}x{image.size[1]} pixels, less than {self.crop}")
+        pixels: Tensor = self._transform(image)
+        if tuple(pixels.shape) != self.image_shape:
+            height, width = self.image_shape[1:]
+            raise ValueError(
+                f"data.root: {path} has {pixels.shape[2]}x{pixels.shape[1]} pixels, the first image {width}x{height}; "
+                "set data.resize and data.crop to make all images alike"
+            )
+        return pixels
+
+    def fingerprint(self) -> str:
+        """Hash of names, labels and bytes of all chosen files and of what is done to them, 16 hex digits."""
+        digest = hashlib.sha256(repr(sorted(self.preprocessing.items())).encode())
+        for path, label in self.samples:
+            file = Path(path)
+            digest.update(f"{file.relative_to(self.root).as_posix()}:{label};".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()[:16]
+
+
+class _Files(Dataset[tuple[Tensor, ...]]):
+    """Batches of preprocessed images, by lists of indices."""
+
+    def __init__(self, data: ImageFolderData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data.samples)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        chosen = [self._data.samples[index] for index in indices]
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(self._data.read, (path for path, _ in chosen)))
+        return torch.stack(images), torch.tensor([label for _, label in chosen])
+
+
+def evenly_chosen(values: Sequence[tuple[str, int]], count: int) -> list[tuple[str, int]]:
+    """``count`` of the values at equal distances, the first among them; all of them where there are no more."""
+    count = min(count, len(values))
+    return [values[index * len(values) // count] for index in range(count)]
+
+
+def _check_preprocessing(resize: int | None, crop: int | None, mean: Sequence[float], std: Sequence[float]) -> None:
+    for key, value in (("resize", resize), ("crop", crop)):
+        if value is not None and value < 1:
+            raise ValueError(f"data.{key} must be at least 1 pixel, found {value}")
+    if resize is not None and crop is not None and crop > resize:
+        raise ValueError(f"data.crop must be at most data.resize ({resize}), found {crop}")
+    for key, values in (("mean", mean), ("std", std)):
+        if len(values) != 3:
+            raise ValueError(f"data.{key} must have 3 entries, one a colour, found {list(values)}")
+    if min(std) <= 0:
+        raise ValueError(f"data.std must be above 0, found {list(std)}")

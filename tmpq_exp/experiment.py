@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 
-from tmpq_exp.config import Config, UserError
+from tmpq_exp.config import Config, UserError, WinogradConfig
 from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, is_eligible
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
@@ -35,7 +35,14 @@ from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.scales import ScaleSet, read_scales
-from tmpq_exp.zoo.task import CostedModel, DiffusionModel, DiffusionTask, TrainableModel, task_layers
+from tmpq_exp.zoo.task import (
+    ClassificationModel,
+    CostedModel,
+    DiffusionModel,
+    DiffusionTask,
+    TrainableModel,
+    task_layers,
+)
 from tmpq_exp.zoo.weights import content_hash
 
 
@@ -77,13 +84,8 @@ class Experiment:
         return self.cost.layers
 
     def trainer(self, name: str, total: int, *, count_epochs: bool = False, **arguments: Any) -> L.Trainer:
-        """A Trainer from the trainer group, with a progress bar of ``total`` batches or epochs."""
-        trainer: L.Trainer = instantiate(self.config.trainer)(
-            callbacks=[StageProgress(name, total, count_epochs=count_epochs)],
-            default_root_dir=self.run.path,
-            **arguments,
-        )
-        return trainer
+        """See ``stage_trainer``."""
+        return stage_trainer(self.config, self.run, name, total, count_epochs=count_epochs, **arguments)
 
     def uniform(self, timesteps: tuple[int, ...], weight_bits: int, act_bits: int) -> Candidate:
         """Direct candidate with the same bits everywhere; the softmax keeps its own unless all is float."""
@@ -173,6 +175,32 @@ class Experiment:
         )
 
 
+def stage_trainer(
+    config: Config, run: RunDirectory, name: str, total: int, *, count_epochs: bool = False, **arguments: Any
+) -> L.Trainer:
+    """A Trainer from the trainer group, with a progress bar of ``total`` batches or epochs."""
+    trainer: L.Trainer = instantiate(config.trainer)(
+        callbacks=[StageProgress(name, total, count_epochs=count_epochs)], default_root_dir=run.path, **arguments
+    )
+    return trainer
+
+
+def single_device(config: Config) -> torch.device:
+    """The device of the trainer group.
+
+    Raises:
+        UserError: If the group has several devices.
+    """
+    trainer: L.Trainer = instantiate(config.trainer)()
+    if trainer.world_size != 1:
+        raise UserError(
+            f"trainer: candidates are scored by one process on one device, found {trainer.world_size} devices; "
+            "set trainer.devices=1"
+        )
+    device: torch.device = trainer.strategy.root_device
+    return device
+
+
 @bad_input()
 def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Callable[[Trial], None]) -> Experiment:
     """Load the float task, price it, lay out the search space and build the supernet.
@@ -199,13 +227,7 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     weight_choices = [softmax if isinstance(shape, AttentionShape) else weight_bits for shape in cost.layers]
     act_choices = [act_bits] * len(cost)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
-    trainer: L.Trainer = instantiate(config.trainer)()
-    if trainer.world_size != 1:
-        raise UserError(
-            f"trainer: candidates are scored by one process on one device, found {trainer.world_size} devices; "
-            "set trainer.devices=1"
-        )
-    device = trainer.strategy.root_device
+    device = single_device(config)
     experiment = Experiment(config, run, task, metric, cost, space, 0, module, trials, on_trial, device)
     experiment.budget_bitops = _budget_bitops(experiment)
     experiment.quadratic(config.evaluation.reference_steps)  # what is wrong fails here rather than after the search
@@ -223,6 +245,8 @@ def _what_it_is_for(model: Any) -> str:
         return f"{model.name} makes no images and can only be trained (task=train)"
     if isinstance(model, CostedModel):
         return f"{model.name} is an architecture without weights; it is there for task=cost only"
+    if isinstance(model, ClassificationModel):
+        return f"{model.name} is a classifier; it is there for task=classify only"
     return f"{type(model).__name__} makes no images; task=run needs a DiffusionModel"
 
 
@@ -311,6 +335,11 @@ def examined_tiles(config: Config) -> list[int]:
 
 def winograd_spec(config: Config, m: int) -> WinogradSpec:
     """The specification that the configuration asks for, at a tile."""
-    of_config = {field.name for field in fields(config.winograd)}
+    return spec_of(config.winograd, m)
+
+
+def spec_of(winograd: WinogradConfig, m: int) -> WinogradSpec:
+    """The specification that these settings ask for, at a tile."""
+    of_config = {field.name for field in fields(winograd)}
     shared = [field.name for field in fields(WinogradSpec) if field.name in of_config]
-    return WinogradSpec(m, **{name: getattr(config.winograd, name) for name in shared})
+    return WinogradSpec(m, **{name: getattr(winograd, name) for name in shared})

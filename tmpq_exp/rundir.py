@@ -127,17 +127,19 @@ class RunDirectory:
             outputs: Files the stage writes.
             compute: Does the work and returns a JSON value.
         """
-        done = self._stages()
-        key = digest(inputs)
-        record = done.get(name)
-        if record is not None and record["inputs"] == key and all(path.exists() for path in outputs):
-            return record["result"]
+        if self.is_done(name, inputs) and all(path.exists() for path in outputs):
+            return self._stages()[name]["result"]
         start = time.perf_counter()
         result = compute()
         done = self._stages()
-        done[name] = {"inputs": key, "seconds": round(time.perf_counter() - start, 3), "result": result}
+        done[name] = {"inputs": digest(inputs), "seconds": round(time.perf_counter() - start, 3), "result": result}
         write_json(self.stages, done)
         return result
+
+    def is_done(self, name: str, inputs: Any) -> bool:
+        """Whether the result of a stage is known for these inputs."""
+        record = self._stages().get(name)
+        return record is not None and record["inputs"] == digest(inputs)
 
     def add_stage_seconds(self, name: str, seconds: float) -> None:
         """Record the time of a stage that keeps its own results; times of resumed parts add up."""

@@ -49,7 +49,9 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     model = instantiate(config.model)
     if not isinstance(model, TrainableModel):
         raise UserError(f"model: {getattr(model, 'name', type(model).__name__)} has no training recipe here")
-    data: ImageData = instantiate(config.data)
+    data = instantiate(config.data)
+    if not isinstance(data, ImageData):
+        raise UserError(f"data: {type(data).__name__} holds no training images; choose digits or cifar10")
     module = model.training_module()
     num_steps = module.recipe.num_steps
     checkpoint = ModelCheckpoint(run.path, filename="last", save_top_k=1, every_n_train_steps=CHECKPOINT_EVERY_STEPS)

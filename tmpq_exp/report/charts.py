@@ -1,4 +1,4 @@
-"""Geometry of the two charts inside the HTML report: axes, ticks and marks in the units of an SVG drawing."""
+"""Geometry of charts inside HTML reports: axes, ticks and marks in the units of an SVG drawing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tmpq_exp.report.pictures import is_log_scale
 from tmpq_exp.report.points import Point, SearchView, spread
 
 WIDTH, HEIGHT = 480.0, 330.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 470.0, 14.0, 288.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 470.0, 14.0, 288.0
 _LEFT_OF_NAMES = 416.0
 
 
@@ -70,11 +70,11 @@ def trials_chart(view: SearchView) -> dict[str, Any]:
     lines = [point for point in view.baselines if view.is_costly(point)]
     uniform = [point for point in view.baselines if not view.is_costly(point)]
     values = [point.value for point in (*view.searched, *view.baselines)]
-    x = Axis.around(view.cost_range(), _LEFT, _LEFT_OF_NAMES if lines else _RIGHT)
-    y = Axis.around(values, _BOTTOM, _TOP, is_log=is_log_scale(values))
+    x = Axis.around(view.cost_range(), LEFT, _LEFT_OF_NAMES if lines else RIGHT)
+    y = Axis.around(values, BOTTOM, TOP, is_log=is_log_scale(values))
     front = {point.index for point in view.front}
     return {
-        **_frame(x, y),
+        **frame(x, y),
         "candidates": [_mark(p, x, y, view.metric) | {"on_front": p.index in front} for p in view.searched],
         "front": _stairs([(x.at(p.bitops / 1e9), y.at(p.value)) for p in view.front]),
         "uniform": [_mark(p, x, y, view.metric) | {"name": p.label} for p in uniform],
@@ -96,12 +96,12 @@ def progress_chart(view: SearchView, random: Sequence[float | None] = ()) -> dic
     """
     values = [point.value for point in view.searched]
     beside = {i: value for i, value in enumerate(random, 1) if value is not None}
-    x = Axis.around([1.0, float(max(len(values), len(random)))], _LEFT, _RIGHT)
-    y = Axis.around([*values, *beside.values()], _BOTTOM, _TOP, is_log=is_log_scale(values))
+    x = Axis.around([1.0, float(max(len(values), len(random)))], LEFT, RIGHT)
+    y = Axis.around([*values, *beside.values()], BOTTOM, TOP, is_log=is_log_scale(values))
     steps = [(x.at(i), y.at(value)) for i, value in enumerate(view.progress, 1) if math.isfinite(value)]
     known = [value for value in view.progress if math.isfinite(value)]
     return {
-        **_frame(x, y),
+        **frame(x, y),
         "candidates": [
             _mark(point, x, y, view.metric) | {"x": x.at(i), "on_front": False}
             for i, point in enumerate(view.searched, 1)
@@ -112,9 +112,10 @@ def progress_chart(view: SearchView, random: Sequence[float | None] = ()) -> dic
     }
 
 
-def _frame(x: Axis, y: Axis) -> dict[str, Any]:
+def frame(x: Axis, y: Axis) -> dict[str, Any]:
+    """Size, edges and ticks of a chart with these axes."""
     return {
-        "width": WIDTH, "height": HEIGHT, "left": _LEFT, "right": x.end, "top": _TOP, "bottom": _BOTTOM,
+        "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": x.end, "top": TOP, "bottom": BOTTOM,
         "x_ticks": x.ticks(), "y_ticks": y.ticks(),
     }  # fmt: skip
 

@@ -108,27 +108,27 @@ def validate_report(report: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If a key or a baseline is missing, or the schema is another; the message gives its full path.
     """
-    _require(report, REPORT_KEYS, "report")
+    require(report, REPORT_KEYS, "report")
     if report["schema"] != SCHEMA:
         raise ValueError(f"report.schema must be {SCHEMA}, found {report['schema']!r}")
-    _require(report["fingerprint"], ("search", "final"), "report.fingerprint")
-    _require(report["budget"], ("bitops", "name"), "report.budget")
-    _require(report["search"], SEARCH_KEYS, "report.search")
-    _require(report["evidence"], EVIDENCE_KEYS, "report.evidence")
-    _require(report["best"], (*ENTRY_KEYS, *BEST_KEYS), "report.best")
+    require(report["fingerprint"], ("search", "final"), "report.fingerprint")
+    require(report["budget"], ("bitops", "name"), "report.budget")
+    require(report["search"], SEARCH_KEYS, "report.search")
+    require(report["evidence"], EVIDENCE_KEYS, "report.evidence")
+    require(report["best"], (*ENTRY_KEYS, *BEST_KEYS), "report.best")
     names = [entry.get("name") for entry in report["baselines"]]
     for name in BASELINE_NAMES:
         if name not in names:
             raise ValueError(f"report.baselines must have an entry named {name!r}, found {names}")
     for place, entry in _entries(report):
-        _require(entry, ENTRY_KEYS, place)
-        _require(entry["bits"], ("weight_bits_mean", "act_bits_mean", "label"), f"{place}.bits")
-        _require(entry["metrics"], (report["metric"],), f"{place}.metrics")
+        require(entry, ENTRY_KEYS, place)
+        require(entry["bits"], ("weight_bits_mean", "act_bits_mean", "label"), f"{place}.bits")
+        require(entry["metrics"], (report["metric"],), f"{place}.metrics")
     for index, tile in enumerate(report["winograd"]):
-        _require(tile, WINOGRAD_KEYS, f"report.winograd[{index}]")
-        _require(tile["sqnr_db"], ("standard", "closed_form", "learned"), f"report.winograd[{index}].sqnr_db")
+        require(tile, WINOGRAD_KEYS, f"report.winograd[{index}]")
+        require(tile["sqnr_db"], ("standard", "closed_form", "learned"), f"report.winograd[{index}].sqnr_db")
         for layer in tile["ineligible_layers"]:
-            _require(layer, ("name", "reason"), f"report.winograd[{index}].ineligible_layers")
+            require(layer, ("name", "reason"), f"report.winograd[{index}].ineligible_layers")
 
 
 def _entries(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -138,7 +138,12 @@ def _entries(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]
             yield f"report.{kind}[{index}]", entry
 
 
-def _require(found: Any, keys: Mapping[str, str] | tuple[str, ...], place: str) -> None:
+def require(found: Any, keys: Mapping[str, str] | tuple[str, ...], place: str) -> None:
+    """Check that ``found``, which stands at ``place`` in a report, is a mapping with these keys.
+
+    Raises:
+        ValueError: Naming the place and the first missing key.
+    """
     if not isinstance(found, Mapping):
         raise ValueError(f"{place} must be a mapping with the keys {list(keys)}, found {found!r}")
     for key in keys:

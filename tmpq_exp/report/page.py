@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 from tmpq_exp.files import replace_file
@@ -82,9 +82,14 @@ def report_html(
         "layers": _layer_table(content["best"]),
         "schedules": _schedules(content),
         "evidence": _evidence(content),
-        "stages": _stages(content["stages"]),
+        "stages": stage_bars(content["stages"]),
         "front": [_row(content, entry_label(entry), entry) for entry in content["front"]],
     }
+    replace_file(path, template("page.html").render(context).encode())
+
+
+def template(name: str) -> Template:
+    """A page of this folder; ``number`` and ``large`` are filters of its figures."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -93,7 +98,7 @@ def report_html(
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "large": large}
-    replace_file(path, environment.get_template("page.html").render(context).encode())
+    return environment.get_template(name)
 
 
 def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,7 +302,8 @@ def _evidence(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stages(stages: Mapping[str, float | None]) -> list[dict[str, Any]]:
+def stage_bars(stages: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """Seconds of each stage and its share of all, in percent."""
     total = sum(seconds or 0.0 for seconds in stages.values())
     return [
         {"name": name, "seconds": seconds, "percent": 100 * (seconds or 0.0) / total if total else 0.0}

@@ -1,4 +1,4 @@
-"""What the tasks know of a model: to price its architecture, to train it, and to make images with it."""
+"""What the tasks know of a model: to price it, to train it, to make images with it, or to tell images apart."""
 
 from __future__ import annotations
 
@@ -210,3 +210,46 @@ class TrainableDiffusionModel(TrainableModel, DiffusionModel, CostedModel):
     def task(self) -> DiffusionTask:
         """The loaded network as a task."""
         return self.wrap(self.load())
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """A float classifier ready to be evaluated.
+
+    Args:
+        name: Name of the model.
+        network: In eval mode; maps normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
+        num_classes: Number of classes.
+    """
+
+    name: str
+    network: nn.Module
+    num_classes: int
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Content hash of the network's weights."""
+        return content_hash(self.network.state_dict())
+
+    def layers(self, image_shape: tuple[int, int, int]) -> tuple[LayerShape, ...]:
+        """Layers in the order of every allocation, for images of this shape ``(C, H, W)``."""
+        device = next(self.network.parameters()).device
+        return trace_layers(self.network, lambda network: network(torch.zeros(1, *image_shape, device=device)))
+
+
+class ClassificationModel(ABC):
+    """An option of the model group that tells classes of images apart: all that ``task=classify`` needs.
+
+    Class attributes:
+        name: Name of the model, with its depth where it has one.
+    """
+
+    name: str
+
+    @abstractmethod
+    def task(self) -> ClassificationTask:
+        """The float network with its weights.
+
+        Raises:
+            ValueError: If the checkpoint is missing, damaged or of another model.
+        """

@@ -1,8 +1,10 @@
-"""Reading and writing weights as safetensors, with errors that name the file and what was expected."""
+"""Reading and writing weights, with errors that name the file and what was expected; nothing is unpickled."""
 
 from __future__ import annotations
 
 import hashlib
+import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,7 +51,71 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     found = metadata.get("model")
     if found is not None and found != name:
         raise ValueError(f"checkpoint of model {name}: {path} holds weights of model {found}")
-    expected = model.state_dict()
+    fill(model, tensors, path, name)
+
+
+def read_state_dict(path: Path, kind: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file or of a ``torch.save`` file that holds weights only.
+
+    A file of the latter kind may hold them under ``state_dict``, beside other plain values. The prefix ``module.`` of a
+    network that was trained in parallel is taken off, and counters of batches, which no forward reads, are left out.
+
+    Args:
+        path: The file; one that ends in ``.safetensors`` is read as such.
+        kind: What the file should hold, for the error message.
+
+    Raises:
+        ValueError: If the file is missing, damaged, holds anything but weights, or no weights.
+    """
+    if path.suffix == ".safetensors":
+        loaded: object = read_tensors(path, kind)[0]
+    else:
+        loaded = _read_torch_file(path, kind)
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(f"{kind}: {path} holds no state dict; tensors by name were expected, alone or as 'state_dict'")
+    prefix = "module." if all(str(key).startswith("module.") for key in loaded) else ""
+    kept = {str(key).removeprefix(prefix): value for key, value in loaded.items()}
+    return {key: value for key, value in kept.items() if not _is_batch_counter(key)}
+
+
+def _read_torch_file(path: Path, kind: str) -> object:
+    if not path.is_file():
+        raise ValueError(f"{kind}: no file at {path}; a file of weights was expected there")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # such files are refused or fine
+            loaded: object = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:
+        raise ValueError(
+            f"{kind}: {path} is damaged or holds more than weights ({type(error).__name__}); only tensors are read and "
+            "nothing is unpickled. Save the weights alone: torch.save(model.state_dict(), path)"
+        ) from error
+    return loaded
+
+
+def _is_batch_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, name: str) -> None:
+    """Fill ``model``, called ``name``, with tensors that were read from ``path``.
+
+    Raises:
+        ValueError: If a tensor is missing or too many, or has another shape; the first one is named.
+    """
+    counters = {key for key in model.state_dict() if _is_batch_counter(key)} - tensors.keys()
+    expected = {key: value for key, value in model.state_dict().items() if key not in counters}
     missing = sorted(expected.keys() - tensors.keys())
     extra = sorted(tensors.keys() - expected.keys())
     if missing or extra:
@@ -63,7 +129,8 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
                 f"checkpoint of model {name}: {key} in {path} has shape {tuple(value.shape)}, "
                 f"expected {tuple(expected[key].shape)}"
             )
-    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in tensors.items()})
+    fitting = {key: value.to(expected[key].dtype) for key, value in tensors.items()}
+    model.load_state_dict(fitting, strict=not counters)
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:

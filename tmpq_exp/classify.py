@@ -1,0 +1,155 @@
+"""task=classify: a float classifier against its direct and Winograd quantized versions, on test images."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tmpq_exp.classification import BITS, Row, Study, allocation, evaluate, prepare, winograd_row
+from tmpq_exp.config import Config
+from tmpq_exp.metrics.accuracy import wilson_interval
+from tmpq_exp.pipeline import make_tracker
+from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
+from tmpq_exp.report.classification import SCHEMA, classification_table, write_classification_json
+from tmpq_exp.report.classification_page import classification_html
+from tmpq_exp.rundir import RunDirectory, writing
+from tmpq_exp.winograd.scales import (
+    ScaleSet,
+    write_scales,
+)
+from tmpq_exp.winograd.spec import WinogradSpec
+
+
+def classify(config: Config, resolved: dict[str, Any]) -> None:
+    """Evaluate a classifier float, direct W8A8 and as quantized Winograd; writes ``report.json`` and ``report.html``.
+
+    A killed run goes on from the last row that was done.
+
+    Args:
+        config: Checked configuration.
+        resolved: The same as plain data; kept as ``config.yaml``.
+
+    Raises:
+        ValueError: If the input is bad; rows that were done before are kept.
+    """
+    with writing(Path(config.paths.run_dir)):
+        run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
+        study = prepare(config, run)
+        learned: dict[str, dict[str, Any]] = {}
+        rows = [Row("float", FLOAT_BITS), Row("direct_w8a8", BITS)]
+        rows += [winograd_row(study, variant, learned) for variant in config.classification.rows()]
+        figures = evaluate(study, rows)
+        report = assemble(study, rows, figures, learned)
+        write_classification_json(run.report_json, report)
+        classification_html(run.report_html, report)
+        tracker = make_tracker(config, resolved, run, [])
+        for index, record in enumerate(_records(report)):
+            tracker.log_trial({"index": index, "phase": "classify", **record})
+        tracker.finish()
+    Console().print(classification_table(report))
+    print(f"report  {run.report_html}")
+
+
+def assemble(
+    study: Study, rows: list[Row], figures: Mapping[str, Mapping[str, Any]], learned: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Content of ``report.json``; see ``tmpq_exp.report.classification``."""
+    num_images = len(study.data.samples)
+    write_scales(study.run.winograd_scales, study.task.name, _kept_scales(study, rows, learned))
+    return {
+        "schema": SCHEMA,
+        "task": "classify",
+        "model": study.task.name,
+        "weights_hash": study.task.weights_hash,
+        "data": {"name": study.data.name, "num_classes": len(study.data.classes), **study.data.preprocessing},
+        "num_images": num_images,
+        "fingerprint": study.fingerprint,
+        "classification": [_entry(study, row, figures[row.name], num_images) for row in rows],
+        "details": [_detail(study, row, figures[row.name]) for row in rows],
+        "winograd": [_tile(study, tile.m, tile.points, rows, figures) for tile in study.config.classification.tiles],
+        "learning": [{k: v for k, v in found.items() if k != "scales"} for found in learned.values()],
+        "stages": study.run.stage_seconds(),
+        "environment": json.loads(study.run.environment.read_text(encoding="utf-8"))["starts"][-1],
+        "seed": study.config.seed,
+    }
+
+
+def _kept_scales(
+    study: Study, rows: list[Row], learned: Mapping[str, Mapping[str, Any]]
+) -> dict[int, tuple[WinogradSpec, ScaleSet]]:
+    """By tile, the kept scales of the last of ``classification.tiles``; of a further row where there is none."""
+    by_name = {found["name"]: found for found in learned.values()}
+    kept: dict[int, tuple[WinogradSpec, ScaleSet]] = {}
+    for row in rows:
+        if row.spec is not None and row.name in by_name:
+            further = row.variant in study.config.classification.further
+            if not further or row.spec.m not in kept:
+                kept[row.spec.m] = row.spec, ScaleSet.from_json(by_name[row.name]["scales"]["kept"])
+    return kept
+
+
+def _entry(study: Study, row: Row, figures: Mapping[str, Any], num_images: int) -> dict[str, Any]:
+    low, high = wilson_interval(figures["num_correct"], num_images)
+    variant = row.variant
+    direct = Row("direct", BITS)
+    return {
+        "name": row.name,
+        "m": None if variant is None else variant.m,
+        "points": None if variant is None else variant.points,
+        "scales": None if variant is None else variant.scales,
+        "top1": 100 * figures["num_correct"] / num_images,
+        "top1_interval": [100 * low, 100 * high],
+        "sqnr_db": _median(figures),
+        "multiplications_ratio": _multiplications(study, direct) / _multiplications(study, row),
+    }
+
+
+def _median(figures: Mapping[str, Any]) -> float | None:
+    values = figures["layer_sqnr_db"].values()
+    return statistics.median(values) if values else None
+
+
+def _multiplications(study: Study, row: Row) -> int:
+    """Multiplications of all layers for one image; a Winograd layer's are those of its Hadamard stage."""
+    return sum(
+        shape.hadamard_bitops(1, 1, tile)
+        for shape, tile in zip(study.cost.layers, allocation(study.cost, row).tiles, strict=True)
+    )
+
+
+def _detail(study: Study, row: Row, figures: Mapping[str, Any]) -> dict[str, Any]:
+    candidate = Candidate((0,), (allocation(study.cost, row),))
+    return {
+        "name": row.name,
+        "macs": study.cost.macs(candidate),
+        "bitops": study.cost.bitops(candidate),
+        "weight_bytes": study.cost.weight_bytes(candidate),
+        "layer_sqnr_db": figures["layer_sqnr_db"],
+        "spec": None if row.spec is None else asdict(row.spec),
+    }
+
+
+def _tile(
+    study: Study, m: int, points: str, rows: list[Row], figures: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A tile as in the ``winograd`` list of every report."""
+    names = {kind: f"f{m}_{points}_{kind}" for kind in ("standard", "closed_form", "learned")}
+    return {
+        "m": m,
+        "points": points,
+        "eligible_layers": [layer.name for layer in study.layers],
+        "ineligible_layers": [{"name": name, "reason": reason} for name, reason in study.ineligible.items()],
+        "sqnr_db": {kind: _median(figures[name]) if name in figures else None for kind, name in names.items()},
+    }
+
+
+def _records(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for entry, detail in zip(report["classification"], report["details"], strict=True):
+        costs = {name: detail[name] for name in ("bitops", "macs", "weight_bytes")}
+        yield {"name": entry["name"], **costs, "metrics": {name: entry[name] for name in ("top1", "sqnr_db")}}
