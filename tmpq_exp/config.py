@@ -511,6 +511,7 @@ class EvaluationConfig:
         baseline_spacings: Schedules of those, ``quadratic`` always among them, beside ``leading`` and ``trailing``.
         reference_steps: Steps of the float reference.
         micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads.
+        paired_images: Images compared with the float reference's of the same seeds (``psnr_db``, ``feature_mse``).
         bootstrap: Resamples behind the intervals over images, 0 for none.
         noise_seeds: Further seeds on which the winner is scored as the search did, to show the noise of its score.
         ranked_candidates: Candidates from best to worst that are scored once more on ``num_images``, to show how far
@@ -529,6 +530,7 @@ class EvaluationConfig:
     baseline_spacings: list[str] = field(default_factory=lambda: ["quadratic"])
     reference_steps: int = 50
     micro_batch: int = 64
+    paired_images: int = 512
     bootstrap: int = 100
     noise_seeds: int = 3
     ranked_candidates: int = 6
@@ -541,6 +543,7 @@ class EvaluationConfig:
         _check_at_least("evaluation.num_finalists", self.num_finalists, 1)
         _check_at_least("evaluation.reference_steps", self.reference_steps, 1)
         _check_at_least("evaluation.micro_batch", self.micro_batch, 1)
+        _check_at_least("evaluation.paired_images", self.paired_images, 1)
         if self.selection_images is not None:
             _check_at_least("evaluation.selection_images", self.selection_images, 2)
         _check_bit_choices("evaluation.baseline_bits", self.baseline_bits)

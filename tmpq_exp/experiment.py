@@ -158,7 +158,8 @@ class Experiment:
         """
         module = (module or self.module).to(self.device)
         seed = self.search_seed if stream == "search" else self.config.seed
-        protocol = Protocol(num_images, stream_seed(seed, stream), self.config.evaluation.micro_batch)
+        config = self.config.evaluation
+        protocol = Protocol(num_images, stream_seed(seed, stream), config.micro_batch, config.paired_images)
         state = content_hash(module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
         return Objective(

@@ -258,13 +258,15 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def git_commit() -> str | None:
     """Commit of the checkout this package lies in, with ``-dirty`` behind it where files are changed.
 
-    Outside a checkout: the environment variable ``GIT_COMMIT``, which builds from copies set; None without it.
+    The environment variable ``GIT_COMMIT``, which builds from copies set, goes before; None outside a checkout.
     """
+    if os.environ.get("GIT_COMMIT"):
+        return os.environ["GIT_COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("GIT_COMMIT")
+        return None
 
 
 def describe_environment() -> dict[str, Any]:

@@ -142,6 +142,16 @@ def test_the_float_reference_is_made_once_and_is_perfect(setup: Setup) -> None:
     assert sum(key == REFERENCE.key() for key, _, _ in setup.supernet.calls) == 3
 
 
+def test_few_images_are_compared_with_the_reference(setup: Setup) -> None:
+    objective = setup.objective(protocol=Protocol(num_images=6, seed=3, micro_batch=2, paired_images=3))
+    made = [torch.full((2, 1, 2, 2), value) for value in (0.5, 0.25, 0.0)]
+    trial = objective.evaluate(candidate(8), "search", images=lambda _: made)
+    reference = [batch for key, batch, _ in setup.supernet.calls if key == REFERENCE.key()]
+    assert reference == [(0, 1), (2, 3)]  # whole micro-batches
+    assert trial.metrics["feature_mse"] == pytest.approx((0 + 0 + 0.25**2) / 3)  # the reference is 0.5 everywhere
+    assert trial.metrics["brightness"] == pytest.approx(0.25)
+
+
 def test_images_may_be_made_elsewhere(setup: Setup) -> None:
     made = [torch.full((5, 1, 2, 2), 0.25)]
     trial = setup.objective().evaluate(REFERENCE, "final", images=lambda _: made)
@@ -230,6 +240,7 @@ def test_the_fingerprint_changes_with_all_that_a_figure_depends_on(setup: Setup)
         setup.objective(protocol=Protocol(5, 4, 2)),
         setup.objective(protocol=Protocol(5, 3, 3)),
         setup.objective(measures_quality=False),
+        setup.objective(protocol=Protocol(5, 3, 2, paired_images=2)),
         setup.objective(reference_candidate=candidate(32, 32)),
         setup.objective(metric=FakeMetric(reference="q")),
     ]

@@ -31,15 +31,21 @@ class Protocol:
         num_images: Number of images.
         seed: Seed of the image stream; search, selection and final evaluation have different ones.
         micro_batch: Images a forward.
+        paired_images: Images, the first of them, that are compared with the float reference's of the same seeds.
     """
 
     num_images: int
     seed: int
     micro_batch: int
+    paired_images: int = 256
 
     def micro_batches(self) -> list[range]:
         """Image indices of every forward; the last one is whole too, so that an image never depends on their number."""
         return [range(i, i + self.micro_batch) for i in range(0, self.num_images, self.micro_batch)]
+
+    def paired(self) -> Protocol:
+        """The same with no more images than are compared with the float reference's."""
+        return replace(self, num_images=min(self.num_images, self.paired_images))
 
     def wanted(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """These micro-batches without the images beyond ``num_images``."""
@@ -56,7 +62,8 @@ PROXIES = ("psnr_db", "feature_mse")
 class Objective:
     """Scores candidates under one protocol, each at most once.
 
-    Every trial has ``psnr_db`` and ``feature_mse``, both against the float reference's images of the same seeds.
+    Every trial has ``psnr_db`` and ``feature_mse``, both against the float reference's images of the same seeds, on the
+    first ``paired_images``: they need few, and the reference has many steps.
 
     Args:
         module: Supernet.
@@ -112,8 +119,11 @@ class Objective:
 
     def images(self, candidate: Candidate) -> Iterator[Tensor]:
         """Images of a candidate, one micro-batch after the other; they stay on the device."""
-        for indices in self.protocol.micro_batches():
-            yield self.module.images(candidate, indices, self.protocol.seed)
+        yield from self._images(candidate, self.protocol)
+
+    def _images(self, candidate: Candidate, protocol: Protocol) -> Iterator[Tensor]:
+        for indices in protocol.micro_batches():
+            yield self.module.images(candidate, indices, protocol.seed)
 
     def covers(self, trial: Trial) -> bool:
         """Whether a trial was scored by this protocol and with these quantizers."""
@@ -183,14 +193,11 @@ class Objective:
         quality = {self.metric.name: math.nan} if self.measures_quality else {}
         if not made.isfinite().all():
             return quality | dict.fromkeys(PROXIES, math.nan), None, "images held NaN or infinity"
-        if candidate == self.reference_candidate:
-            self._reference = made
-        elif self._reference is None:
-            self._reference = torch.cat(list(self.protocol.wanted(self.images(self.reference_candidate))))
-        reference = self._reference.to(made.device)
+        reference = self._reference_images(candidate, made)
+        paired = made[: len(reference)]
         metrics = quality | {
-            "psnr_db": mean_psnr_db(made, reference),
-            "feature_mse": self.metric.paired(made, reference),
+            "psnr_db": mean_psnr_db(paired, reference),
+            "feature_mse": self.metric.paired(paired, reference),
         }
         if not self.measures_quality:
             return metrics, None, None
@@ -205,6 +212,15 @@ class Objective:
             return metrics, None, None
         interval = self.metric.interval(batches, self.bootstrap, self.protocol.seed)
         return metrics, {self.metric.name: list(interval)}, None
+
+    def _reference_images(self, candidate: Candidate, made: Tensor) -> Tensor:
+        """The float reference's images of the same seeds as the first of these."""
+        protocol = self.protocol.paired()
+        if candidate == self.reference_candidate:
+            self._reference = made[: protocol.num_images]
+        elif self._reference is None:
+            self._reference = torch.cat(list(protocol.wanted(self._images(self.reference_candidate, protocol))))
+        return self._reference.to(made.device)
 
 
 def label(candidate: Candidate, weighted: Sequence[bool]) -> dict[str, float | str]:
