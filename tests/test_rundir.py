@@ -16,7 +16,7 @@ import pytest
 
 from tmpq_exp.config import UserError
 from tmpq_exp.files import replace_file
-from tmpq_exp.rundir import RunDirectory, bad_input, digest, flatten, write_json, writing
+from tmpq_exp.rundir import RunDirectory, bad_input, digest, flatten, git_commit, write_json, writing
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -218,3 +218,10 @@ def test_a_directory_in_use_by_another_process_is_refused(tmp_path: Path) -> Non
         other.kill()
         other.wait()
     RunDirectory.claim(tmp_path / "run", {"a": 1})
+
+
+def test_a_build_from_a_copy_says_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_COMMIT", "abc1234")
+    assert git_commit() == "abc1234"
+    monkeypatch.setenv("GIT_COMMIT", "")
+    assert git_commit() != ""
