@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks.calibration import demo_config, demo_seconds, loss_ratio
+from tests.benchmarks.scoring import forward_share, frechet_seconds
 from tmpq_exp.config import CalibrationConfig, QuantConfig, QuantizerConfig
 from tmpq_exp.cost import AttentionShape, CostModel
 from tmpq_exp.diffusion.schedule import TimestepRule, group_minima, timestep_groups
@@ -58,6 +59,13 @@ IMAGES_GOAL_SECONDS = 10.0
 
 CANDIDATES_GOAL = 1000.0
 """Fewest feasible candidates a second, with bits shared by all steps."""
+
+FORWARD_GOAL = 0.9
+"""Smallest share of the search's time that is spent in U-Net calls."""
+
+FRECHET_GOAL_SECONDS = 3.0
+"""Most seconds for a Frechet distance in 2048 dimensions."""
+
 CALIBRATION_GOAL_SECONDS = 60.0
 """Most seconds for the calibration of ddpm_digits at four bit widths."""
 
@@ -298,6 +306,14 @@ def calibration_loss(calibration: CalibrationConfig) -> Measurement:
     return measurement(name, [loss_ratio(calibration)], "x", LOSS_GOAL)
 
 
+def scoring_share(rounds: int) -> Measurement:
+    """Share of the time of scoring that is spent in U-Net calls."""
+    line = measurement(
+        "U-Net calls / time of scoring, ddpm_digits", [forward_share(128, 10, 4) for _ in range(rounds)], "", None
+    )
+    return replace(line, goal=FORWARD_GOAL, met=line.ratio >= FORWARD_GOAL)
+
+
 def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
     """All benchmarks by the name that ``--only`` looks for."""
     few = max(3, rounds // 2)
@@ -310,6 +326,10 @@ def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
         "candidates per_step": lambda: candidate_rate(200, rounds, None, bits_per_step="per_step"),
         "conv 64 shaped": lambda: winograd_ratio(64, 16, 32, rounds, shaped=True),
         "conv memory": lambda: winograd_memory(64, 16, 32),
+        "scoring": lambda: scoring_share(few),
+        "frechet": lambda: measurement(
+            "Frechet distance, 2048 dimensions", [frechet_seconds(2048) for _ in range(3)], "s", FRECHET_GOAL_SECONDS
+        ),
         "images": lambda: image_seconds(512, 10, few),
         "calibration seconds": lambda: calibration_seconds(demo_config().calibration),
         "calibration loss": lambda: calibration_loss(demo_config().calibration),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.benchmarks.scoring import forward_share, frechet_seconds
 from tmpq_exp.config import CalibrationConfig
 
 
@@ -79,3 +80,8 @@ def test_one_name_runs_alone(bench: SimpleNamespace, tmp_path: Path, capsys: pyt
     bench.main(["--only", "candidates per", "--rounds", "1", "--output", str(tmp_path / "bench.json")])
     assert "filled candidates" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "bench.json").read_text())) == 1
+
+
+def test_parts_of_scoring_are_timed() -> None:
+    assert 0.2 < forward_share(4, 2, 1) < 1
+    assert frechet_seconds(8) > 0

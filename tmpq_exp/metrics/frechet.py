@@ -128,9 +128,16 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """R with R R^T = covariance, ``(d, d)``; eigenvalues below zero are rounding and count as zero."""
+    """R with R R^T = covariance, ``(d, d)``: its Cholesky factor, or where it is singular one by its eigenvalues.
+
+    Eigenvalues below zero are rounding and count as zero.
+    """
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed:
+        return root
     found = torch.linalg.eigh(covariance)
-    root: Tensor = found.eigenvectors * found.eigenvalues.clamp(min=0).sqrt()
+    root = found.eigenvectors * found.eigenvalues.clamp(min=0).sqrt()
     return root
 
 

@@ -1,0 +1,98 @@
+"""Where the time of a search goes, and how long a Frechet distance takes."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from tmpq_exp.config import CalibrationConfig, QuantConfig
+from tmpq_exp.cost import AttentionShape, CostModel
+from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
+from tmpq_exp.metrics.frechet import FeatureStatistics, digits_frechet, frechet_distance
+from tmpq_exp.quant.allocation import Allocation, Candidate
+from tmpq_exp.quant.calibration import CalibrationModule
+from tmpq_exp.quant.states import trajectory_states
+from tmpq_exp.quant.supernet import SupernetModule
+from tmpq_exp.search.objective import Objective, Protocol
+from tmpq_exp.search.trials import TrialLog
+from tmpq_exp.zoo.digits import DigitsDDPM
+from tmpq_exp.zoo.task import task_layers
+
+
+def forward_share(num_images: int, num_steps: int, num_candidates: int) -> float:
+    """Share of the time of scoring candidates of ddpm_digits that U-Net calls take, in [0, 1].
+
+    A scored candidate is quantized weights, noise, sampling, features, the Frechet distance and its line on disk. The
+    images of the float reference are made before.
+    """
+    task = DigitsDDPM().task()
+    cost = CostModel(task_layers(task))
+    weights = [(8,) if isinstance(shape, AttentionShape) else (8, 7, 6, 5) for shape in cost.layers]
+    module = SupernetModule(task, cost.layers, weights, [(8, 7, 6, 5)] * len(cost), QuantConfig())
+    schedule = spaced_timesteps(task.num_train_timesteps, num_steps, TimestepSpacing.QUADRATIC)
+    _calibrate(module)
+    inside = 0.0
+    forward = module.supernet.forward
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        start = time.perf_counter()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            inside += time.perf_counter() - start
+
+    module.supernet.forward = timed  # type: ignore[method-assign]
+    candidates = [
+        Candidate(schedule, (Allocation(tuple(row[i % len(row)] for row in weights), (8 - i % 4,) * len(cost), tiles),))
+        for i, tiles in enumerate([(0,) * len(cost)] * (num_candidates + 1))
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        objective = Objective(
+            module,
+            digits_frechet(),
+            Protocol(num_images, 0, 64),
+            cost,
+            TrialLog(Path(folder) / "trials.jsonl"),
+            reference_candidate=candidates[0],
+            state="of this call",
+            on_trial=lambda _: None,
+        )
+        objective.evaluate(candidates[0], "search")
+        inside, start = 0.0, time.perf_counter()
+        for candidate in candidates[1:]:
+            objective.evaluate(candidate, "search")
+        return inside / (time.perf_counter() - start)
+
+
+def _calibrate(module: SupernetModule) -> None:
+    """Ranges from a few states."""
+    states = trajectory_states(module.task, 4, 4, 0)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(CalibrationModule(module.supernet, states, CalibrationConfig(), 0))
+
+
+def frechet_seconds(dimensions: int) -> float:
+    """Seconds of one Frechet distance of Gaussians of full rank, the root of the reference included."""
+    generator = torch.Generator().manual_seed(0)
+
+    def statistics() -> FeatureStatistics:
+        fit = torch.randn(2 * dimensions, dimensions, generator=generator, dtype=torch.float64)
+        return FeatureStatistics(fit.mean(0), fit.T.cov(), len(fit))
+
+    a, b = statistics(), statistics()
+    start = time.perf_counter()
+    frechet_distance(a, b)
+    return time.perf_counter() - start
