@@ -69,6 +69,7 @@ def entry(
         "name": name, "timesteps": list(steps),
         "bits": {"weight_bits_mean": bits, "act_bits_mean": bits, "label": label},
         "bitops": round(BUDGET / 36 * bits * bits * len(steps) / 10), "macs": BUDGET // 36,
+        "hadamard_bitops": BUDGET // 40, "multiplications": BUDGET // 40,
         "weight_bytes": round(150_000 * bits), "metrics": {"fd_digits": quality, "psnr_db": psnr}, "num_images": 512,
         "intervals": {"fd_digits": [quality - 0.375, quality + 0.375]}, "seed": 7,
     }  # fmt: skip
