@@ -14,7 +14,7 @@ from tmpq_exp.search.budget import Budget
 from tmpq_exp.search.space import SearchSpace
 
 LAYERS: tuple[LayerShape, ...] = (
-    ConvShape("first", 3, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, 16, 16),
+    ConvShape("first", 1, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, 16, 16),
     ConvShape("wide", 16, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, 16, 16),
     ConvShape("down", 64, 64, (3, 3), (2, 2), (1, 1), (1, 1), 1, 8, 8),
     LinearShape("embedding", 64, 128, 1),
