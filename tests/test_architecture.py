@@ -79,6 +79,7 @@ ORDER = (
     "search.space",
     "search.evidence",
     "search.budget",
+    "search.tile_rule",
     "search.trials",
     "search.algorithm",
     "search.random",
@@ -93,6 +94,7 @@ ORDER = (
     "report.points",
     "report.pictures",
     "report.charts",
+    "report.winograd",
     "report.page",
     "report",
     "report.classification",
@@ -100,6 +102,7 @@ ORDER = (
     # (5) the line, and its parts
     "experiment",
     "calibrating",
+    "tiling",
     "stages",
     "weighing",
     "results",

@@ -22,7 +22,7 @@ from tmpq_exp.config import Config, UserError, register_schema, to_config
 
 CONF = conf_dir()
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
-NEEDED = {"budget/bitops": ["budget.bitops=1000000"]}
+NEEDED = {"budget/bitops": ["budget.bitops=1000000"], "space/joint_tile": ["quant=groupwise"]}
 """What an option cannot do without."""
 
 DEFAULT_OPTIONS = ("hydra/default", "config")

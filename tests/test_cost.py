@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, LinearShape
+from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, LinearShape, saving_tiles
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 
 
@@ -174,3 +174,33 @@ def test_bad_arguments_are_named() -> None:
         CostModel(LAYERS, calls_per_step=0)
     with pytest.raises(ValueError, match=r"one entry a layer \(3\), found 1"):
         CostModel(LAYERS).bitops(Candidate((0,), (Allocation((8,), (8,), (0,)),)))
+
+
+@given(
+    st.integers(1, 96), st.integers(1, 96), st.integers(1, 33), st.sampled_from([4, 6, 8]), st.sampled_from([4, 6, 8])
+)
+def test_every_tile_that_is_offered_saves_against_all_smaller_ones(
+    channels: int, outputs: int, pixels: int, weight_bits: int, act_bits: int
+) -> None:
+    layer = ConvShape("layer", channels, outputs, (3, 3), (1, 1), (1, 1), (1, 1), 1, pixels, pixels)
+    offered = saving_tiles(layer, (6, 0, 2, 4), weight_bits, act_bits)
+    bitops = {tile: layer.bitops(weight_bits, act_bits, tile) for tile in (0, 2, 4, 6)}
+    assert offered[0] == 0
+    for tile in (2, 4, 6):
+        assert (tile in offered) == all(bitops[tile] < bitops[smaller] for smaller in bitops if smaller < tile)
+
+
+def test_a_layer_of_one_channel_is_offered_no_tile() -> None:
+    first = ConvShape("first", 1, 32, (3, 3), (1, 1), (1, 1), (1, 1), 1, 16, 16)
+    assert saving_tiles(first, (0, 2, 4, 6), 8, 8) == (0,)
+    wide = ConvShape("wide", 64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, 8, 8)
+    assert saving_tiles(wide, (0, 2, 4, 6), 8, 8) == (0, 2, 4)  # 8 is no multiple of 6
+
+
+def test_multiplications_leave_out_transforms() -> None:
+    layer = ConvShape("layer", 16, 32, (3, 3), (1, 1), (1, 1), (1, 1), 1, 8, 8)
+    cost = CostModel((layer, LinearShape("linear", 4, 8, 1)), calls_per_step=2)
+    candidate = Candidate((5, 3, 1), (Allocation((8, 8), (8, 8), (4, 0)),))
+    transforms = layer.input_transform_macs(4) + layer.output_transform_macs(4)
+    assert cost.multiplications(candidate) == 6 * (4 * 36 * 16 * 32 + 32)
+    assert cost.macs(candidate) - cost.multiplications(candidate) == 6 * transforms

@@ -286,6 +286,45 @@ def test_scales_of_another_run_are_used(smoke: Path, tmp_path: Path) -> None:
     assert "holds scales for the tiles 2, 4, not for 6" in output
 
 
+FEW = (
+    "space.num_inference_steps=2", "evaluation.reference_steps=2", "evaluation.micro_batch=8",
+    "evaluation.num_images=8", "evaluation.num_finalists=1", "objective.num_images=8", "search.population_size=4",
+    "search.num_crossovers=4", "winograd.report_tiles=[]", "winograd.learning.num_steps=1", "objective.proxy_images=8",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_tiles_are_searched_and_then_alone_for_the_winner(tmp_path: Path) -> None:
+    joint, tiles = tmp_path / "joint", tmp_path / "tiles"
+    run_here(joint, "experiment=joint_winograd", "space.tiles=[0,2,4]", *FEW)
+    report = json.loads((joint / "report.json").read_text())
+    names = [entry["name"] for entry in report["baselines"]]
+    assert names == ["float_reference", "float_k", "w8a8", "w6a6", "w8a8_f2", "w8a8_f4", "winograd_rule"]
+    by_name = {entry["name"]: entry for entry in report["baselines"]}
+    assert by_name["winograd_rule"]["bitops"] <= report["budget"]["bitops"]
+    assert by_name["w8a8_f4"]["multiplications"] < by_name["w8a8_f2"]["multiplications"] < by_name["w8a8"]["macs"]
+    assert by_name["w8a8_f4"]["hadamard_bitops"] < by_name["w8a8_f4"]["bitops"]
+    assert report["winograd_choice"].startswith("searched: ")
+    assert [tile["m"] for tile in report["winograd"]] == [2, 4]
+    assert all(len(tile["stage_sqnr_db"]["all"]) == 26 for tile in report["winograd"])
+    seen = {t for line in (joint / "trials.jsonl").read_text().splitlines() for t in layer_tiles(json.loads(line))}
+    assert seen == {0, 2, 4}
+    recipe = json.loads((joint / "recipe.json").read_text())
+    assert set(recipe["winograd"]) == {str(t) for t in layer_tiles(recipe) if t}
+
+    run_here(tiles, "experiment=joint_winograd", "space.tiles=[0,2,4]", f"space.recipe={joint}/recipe.json", *FEW)
+    fixed, found = recipe["candidate"], json.loads((tiles / "recipe.json").read_text())["candidate"]
+    assert found["timesteps"] == fixed["timesteps"]
+    assert [a["weight_bits"] for a in found["allocations"]] == [a["weight_bits"] for a in fixed["allocations"]]
+    with pytest.raises(UserError, match="no recipe at"):
+        run_here(tmp_path / "other", "experiment=joint_winograd", f"space.recipe={tmp_path}/nothing.json", *FEW)
+
+
+def layer_tiles(record: Mapping[str, Any]) -> set[int]:
+    """Tiles that any layer of a trial's or a recipe's candidate has."""
+    return {tile for allocation in record["candidate"]["allocations"] for tile in allocation["tiles"]}
+
+
 def test_stages_and_environment_are_recorded(report: dict[str, Any], smoke: Path) -> None:
     assert set(report["stages"]) == {"calibrate", "winograd f2", "winograd f4", "search", "select", "weigh", "evaluate"}
     assert all(seconds >= 0 for seconds in report["stages"].values())

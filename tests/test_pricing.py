@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 
 from tmpq_exp.__main__ import conf_dir
 from tmpq_exp.config import UserError, register_schema, to_config
-from tmpq_exp.cost import LayerShape
+from tmpq_exp.cost import ConvShape, LayerShape, LinearShape
 from tmpq_exp.overrides import explain, is_bad_input
-from tmpq_exp.pricing import cost_content, price, summary_lines
+from tmpq_exp.pricing import cost_content, price, summary_lines, winograd_content
 from tmpq_exp.quant.allocation import FLOAT_BITS
 from tmpq_exp.zoo.architecture import BareArchitecture
 from tmpq_exp.zoo.digits import DigitsDDPM
@@ -151,6 +151,37 @@ def test_a_winograd_tile_counts_where_it_fits() -> None:
     assert tiled["macs"] < direct["macs"]
     rows = zip(direct["layers"], tiled["layers"], strict=True)
     assert all(before["bitops"] == after["bitops"] for before, after in rows if after["tile"] == 0)
+
+
+def test_what_tiles_save_on_stable_diffusion() -> None:
+    found = priced("sd14")["winograd"]
+    assert len(found["eligible_layers"]) == 49
+    assert found["eligible_macs"] == pytest.approx(197e9, rel=2e-3)
+    ratios = {row["m"]: round(row["multiplications_ratio"], 2) for row in found["tiles"]}
+    assert (ratios[2], ratios[4], ratios[6]) == (2.25, 4.0, 3.97)
+    assert ratios[None] > 4.0
+    assert {layer["reason"] for layer in found["ineligible_layers"]} >= {
+        "kernel 1x1, needs 3x3",
+        "stride 2x2, needs 1x1",
+    }
+    convolutions = [row for row in priced("sd14")["layers"] if row["kind"] == "conv"]
+    assert len(convolutions) == len(found["eligible_layers"]) + len(found["ineligible_layers"])
+
+
+def test_a_map_that_is_a_multiple_of_a_tile_saves_its_whole_factor() -> None:
+    layers = (ConvShape("only", 8, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1, 12, 12),)
+    ratios = {row["m"]: row["multiplications_ratio"] for row in winograd_content(layers, (2, 4, 6))["tiles"]}
+    assert ratios == {2: 9 * 4 / 16, 4: 9 * 16 / 36, 6: 9 * 36 / 64, None: 9 * 36 / 64}
+    assert winograd_content((LinearShape("none", 2, 2, 1),), (2,))["tiles"] == []
+
+
+def test_the_command_says_which_layers_stay_direct(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = run(tmp_path / "run", "model=ddpm_digits", "winograd=f4")
+    assert [row["m"] for row in content["winograd"]["tiles"]] == [2, 4, 6, None]
+    said = capsys.readouterr().out
+    assert "26 of 35 convolutions are eligible" in said
+    assert "2 with stride 2x2, needs 1x1" in said
+    assert "F(4,3): " in said
 
 
 def test_the_releases_scale_stands_beside_the_exact_one() -> None:

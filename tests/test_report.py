@@ -69,6 +69,7 @@ def entry(
         "name": name, "timesteps": list(steps),
         "bits": {"weight_bits_mean": bits, "act_bits_mean": bits, "label": label},
         "bitops": round(BUDGET / 36 * bits * bits * len(steps) / 10), "macs": BUDGET // 36,
+        "hadamard_bitops": BUDGET // 40, "multiplications": BUDGET // 40,
         "weight_bytes": round(150_000 * bits), "metrics": {"fd_digits": quality, "psnr_db": psnr}, "num_images": 512,
         "intervals": {"fd_digits": [quality - 0.375, quality + 0.375]}, "seed": 7,
     }  # fmt: skip
@@ -381,6 +382,36 @@ def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
     assert page.tags.count("circle") == 2 * 72
     assert text.count('class="cell" title=') == 2 * len(LAYERS)
     assert text.count('title="t = ') == 20
+
+
+def with_pictures(report: dict[str, Any]) -> dict[str, Any]:
+    """A report of searched tiles: maps, stages and learning of each tile."""
+    for tile in report["winograd"]:
+        n, count = tile["m"] + 2, len(tile["eligible_layers"])
+        middle = [10.0 if 0 < i < n - 1 else 1.0 for i in range(n)]
+        tile |= {
+            "range_map": {"standard": [[a * b for b in middle] for a in middle], "kept": [[1.0] * n] * n},
+            "stage_sqnr_db": {"input": [41.0] * count, "v": [None, *[40.5] * (count - 1)], "all": [33.25] * count},
+            "kept": "learned", "curve_db": [20.0, 24.5, 24.0],
+        }  # fmt: skip
+    return report | {"winograd_choice": "searched: 10 direct, 16 f4"}
+
+
+def test_page_draws_maps_stages_and_learning_of_every_tile(tmp_path: Path) -> None:
+    records = [record | {"multiplications": record["bitops"] // 36} for record in make_trials()]
+    plain_text, _ = render(tmp_path, make_report(), trials=records)
+    text, page = render(tmp_path, with_pictures(make_report()), trials=records)
+    taps = sum((m + 2) ** 2 for m in (2, 4, 6))
+    assert text.count("<title>tap (") == 2 * taps
+    assert text.count("max / min 100.0") == text.count("max / min 1.0") == 3
+    assert page.tags.count("polyline") == 3
+    added = text.count('class="cell" title=') - plain_text.count('class="cell" title=')
+    assert added == 3 * 3 * len(make_report()["winograd"][0]["eligible_layers"])
+    assert "V exact" in text
+    assert "33.2 dB, all stages" in text
+    assert page.tags.count("svg") == 2 + 1 + 6 + 3
+    assert "G multiplications" in text
+    assert "G multiplications" not in plain_text
 
 
 def test_page_says_what_was_found_and_how_honest_it_is(tmp_path: Path) -> None:

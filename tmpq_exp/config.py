@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tmpq_exp.quant.allocation import FLOAT_BITS
+from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS
 
 MIN_BITS, MAX_BITS = 2, 16
 
@@ -388,6 +388,10 @@ class SpaceConfig:
         min_steps_per_group, max_steps_per_group: Range of the kept timesteps of one group; no use if ``free``.
         weight_bits: Choices for every layer's weights; a single one fixes them.
         act_bits: Choices for every layer's activations.
+        tiles: Choices of every eligible convolution: 0 (direct) and m of F(m, 3) in 2..6. A layer is offered those
+            that save BitOPs against every smaller one. Empty: ``winograd.tile`` for all, not searched.
+        recipe: ``recipe.json`` of another run, whose timesteps and bits are kept: tiles alone are searched then,
+            whatever the other settings of timesteps and bits say.
         bits_per_step: ``shared``: all steps have the same bits; ``per_step``: each has its own.
     """
 
@@ -400,6 +404,8 @@ class SpaceConfig:
     max_steps_per_group: int = 1
     weight_bits: list[int] = field(default_factory=lambda: [8, 7, 6, 5])
     act_bits: list[int] = field(default_factory=lambda: [8, 7, 6, 5])
+    tiles: list[int] = field(default_factory=list)
+    recipe: str | None = None
     bits_per_step: str = "shared"
 
     def __post_init__(self) -> None:
@@ -411,6 +417,13 @@ class SpaceConfig:
         _check_bit_choices("space.act_bits", self.act_bits)
         if self.bits_per_step not in ("shared", "per_step"):
             raise UserError(f"space.bits_per_step must be shared or per_step, found {self.bits_per_step!r}")
+        for tile in self.tiles:
+            if tile != DIRECT_TILE and not 2 <= tile <= 6:
+                raise UserError(f"space.tiles must hold 0 (direct) and tiles in 2..6, found {tile}")
+        if len(set(self.tiles)) != len(self.tiles):
+            raise UserError(f"space.tiles must not repeat a tile, found {self.tiles}")
+        if self.tiles and DIRECT_TILE not in self.tiles:
+            raise UserError(f"space.tiles must hold 0 (direct), to which budgets refer, found {self.tiles}")
 
     def _check_number_of_steps(self) -> None:
         k = self.num_inference_steps
@@ -658,8 +671,26 @@ class Config:
             _check_at_least("num_threads", self.num_threads, 1)
         for row in self.classification.further:
             self.winograd.varied(row)
+        self._check_searched_tiles()
         if self.cost.scale == "release" and self.winograd.tile != 0:
             raise UserError(f"winograd.tile must be 0 under cost.scale=release, found {self.winograd.tile}")
+
+    def _check_searched_tiles(self) -> None:
+        """Where the tile is a gene, direct and Winograd layers have the same kind of quantizers."""
+        if not self.space.tiles:
+            return
+        for name, quantizer in (("weight", self.quant.weight), ("act", self.quant.act)):
+            if quantizer.granularity != Granularity.PER_GROUP.value:
+                raise UserError(
+                    "space.tiles needs the group-wise quantizers of Winograd layers in direct layers too: choose "
+                    f"quant=groupwise or experiment=joint_winograd, found quant.{name}.granularity "
+                    f"{quantizer.granularity}"
+                )
+        if self.winograd.tile != DIRECT_TILE:
+            raise UserError(
+                "winograd.tile must be 0 (winograd=none) where space.tiles lets every layer choose, "
+                f"found {self.winograd.tile}"
+            )
 
 
 def register_schema() -> None:

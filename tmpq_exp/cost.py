@@ -7,7 +7,7 @@ Python integers. Nothing here needs torch; ``tmpq_exp.trace`` reads the shapes o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
 
@@ -126,6 +126,26 @@ def is_eligible(shape: ConvShape) -> bool:
     return ineligible_reason(shape.kernel_size, shape.stride, shape.dilation, shape.groups) is None
 
 
+def saving_tiles(shape: ConvShape, tiles: Sequence[int], weight_bits: int, act_bits: int) -> tuple[int, ...]:
+    """Of these tiles those that cost fewer BitOPs than every smaller one, ascending; direct counts as the smallest.
+
+    A larger tile is the noisier one, so one that saves nothing is never worth taking. Transforms, and tiles that the
+    border cuts, may eat up what the Hadamard stage saves: at few channels, or on maps that are no multiple of m.
+
+    Args:
+        shape: An eligible convolution.
+        tiles: ``DIRECT_TILE`` or m each.
+        weight_bits, act_bits: The highest that the layer may have: there transforms weigh least.
+    """
+    kept: list[int] = []
+    least = float("inf")
+    for tile in sorted(tiles):
+        bitops = shape.bitops(weight_bits, act_bits, tile)
+        if bitops < least:
+            kept, least = [*kept, tile], bitops
+    return tuple(kept)
+
+
 class _DirectOnly(ABC):
     """Costs of a layer that knows no tiles."""
 
@@ -146,6 +166,10 @@ class _DirectOnly(ABC):
         if tile != DIRECT_TILE:
             raise ValueError(f"tile of layer {self.name!r} must be {DIRECT_TILE} (direct), found {tile}")
         return self.macs
+
+    def hadamard_macs(self, tile: int) -> int:
+        """``macs``: there are no transforms."""
+        return self.executed_macs(tile)
 
     def bitops(self, weight_bits: int, act_bits: int, tile: int) -> int:
         """MACs times the bits of both operands."""
@@ -313,6 +337,14 @@ class CostModel:
 
         def of_call(allocation: Allocation) -> int:
             return sum(self.layers[i].hadamard_bitops(w, a, tile) for i, w, a, tile in self._settings(allocation))
+
+        return self._trajectory(candidate, of_call)
+
+    def multiplications(self, candidate: Candidate) -> int:
+        """``macs`` without the transforms of Winograd layers: what papers on Winograd count."""
+
+        def of_call(allocation: Allocation) -> int:
+            return sum(self.layers[i].hadamard_macs(tile) for i, _, _, tile in self._settings(allocation))
 
         return self._trajectory(candidate, of_call)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 
 from tmpq_exp.config import Config, UserError, WinogradConfig
-from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, is_eligible
+from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, is_eligible, saving_tiles
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
     TimestepSpacing,
@@ -24,8 +24,9 @@ from tmpq_exp.diffusion.schedule import (
 )
 from tmpq_exp.metrics.frechet import FrechetMetric
 from tmpq_exp.progress import StageProgress
-from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
+from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 from tmpq_exp.quant.supernet import SupernetModule
+from tmpq_exp.recipe import read_candidate
 from tmpq_exp.rundir import RunDirectory, bad_input, digest
 from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective, Protocol
@@ -62,6 +63,9 @@ class Experiment:
         trials: Evaluations so far.
         on_trial: Called with every new trial.
         device: Where images are made, the Trainer's.
+        winograd: Specification and scales of the tiles in use.
+        tile_rule: Where tiles are searched, the candidate of the data-free rule for them; None if none fits.
+        calibration: Losses of block-wise calibration.
     """
 
     config: Config
@@ -76,6 +80,7 @@ class Experiment:
     on_trial: Callable[[Trial], None]
     device: torch.device
     winograd: dict[int, tuple[WinogradSpec, ScaleSet]] = field(default_factory=dict)
+    tile_rule: Candidate | None = None
     calibration: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -128,7 +133,8 @@ class Experiment:
     def baselines(self) -> dict[str, Candidate]:
         """Named baselines: the float reference, float at K quadratic steps, and uniform bits at K steps.
 
-        Schedules that coincide stand once, under their first name.
+        Where tiles are searched, also W8A8 with one tile at all eligible layers, and the data-free rule. Schedules that
+        coincide stand once, under their first name.
         """
         config = self.config.evaluation
         steps = self.quadratic(self.config.space.num_inference_steps)
@@ -143,7 +149,10 @@ class Experiment:
                 other = self.uniform(self.schedule(len(steps), TimestepSpacing(spacing)), bits, bits)
                 if other not in named.values():
                     named[f"w{bits}a{bits}_{spacing}"] = other
-        return named
+        for tile in filter(None, self.config.space.tiles):
+            allocation = with_tile(named["w8a8"].allocations[0], self.layers, tile)
+            named[f"w8a8_f{tile}"] = Candidate(steps, (allocation,))
+        return named if self.tile_rule is None else named | {"winograd_rule": self.tile_rule}
 
     def objective(
         self, stream: str, num_images: int, module: SupernetModule | None = None, **arguments: Any
@@ -220,12 +229,7 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
         )
     cost = CostModel(task_layers(task))
     space = _search_space(config, task.num_train_timesteps, cost.layers)
-    weight_bits, act_bits = (
-        _with_baselines(config, bits) for bits in (config.space.weight_bits, config.space.act_bits)
-    )
-    softmax = (config.quant.softmax_bits,)
-    weight_choices = [softmax if isinstance(shape, AttentionShape) else weight_bits for shape in cost.layers]
-    act_choices = [act_bits] * len(cost)
+    weight_choices, act_choices = _held_bits(config, space, cost.layers)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
     device = single_device(config)
     experiment = Experiment(config, run, task, metric, cost, space, 0, module, trials, on_trial, device)
@@ -233,7 +237,7 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     experiment.quadratic(config.evaluation.reference_steps)  # what is wrong fails here rather than after the search
     for m in examined_tiles(config):
         spec = winograd_spec(config, m)
-        if m == config.winograd.tile and config.winograd.scales_from is not None:
+        if m in used_tiles(config) and config.winograd.scales_from is not None:
             read_scales(Path(config.winograd.scales_from), spec)
     make_search(experiment)
     return experiment
@@ -250,12 +254,33 @@ def _what_it_is_for(model: Any) -> str:
     return f"{type(model).__name__} makes no images; task=run needs a DiffusionModel"
 
 
-def _with_baselines(config: Config, choices: list[int]) -> tuple[int, ...]:
-    return tuple(sorted({*choices, *config.evaluation.baseline_bits}, reverse=True))
+def _held_bits(
+    config: Config, space: SearchSpace, layers: Sequence[LayerShape]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Bits of weights and activations that the supernet holds for each layer: the space's and the baselines'."""
+    baselines = config.evaluation.baseline_bits
+
+    def held(choices: tuple[int, ...], others: Iterable[int]) -> tuple[int, ...]:
+        return tuple(sorted({*choices, *others}, reverse=True))
+
+    weights = [
+        held(choices, [config.quant.softmax_bits] if isinstance(shape, AttentionShape) else baselines)
+        for choices, shape in zip(space.weight_choices, layers, strict=True)
+    ]
+    return weights, [held(choices, baselines) for choices in space.act_choices]
+
+
+def with_tile(allocation: Allocation, layers: Sequence[LayerShape], tile: int) -> Allocation:
+    """The allocation with this tile at every eligible convolution."""
+    tiles = (tile if isinstance(shape, ConvShape) and is_eligible(shape) else DIRECT_TILE for shape in layers)
+    return replace(allocation, tiles=tuple(tiles))
 
 
 def _search_space(config: Config, num_train_timesteps: int, layers: tuple[LayerShape, ...]) -> SearchSpace:
-    space, tile = config.space, config.winograd.tile
+    space = config.space
+    tiles = tuple(_tile_choices(config, shape) for shape in layers)
+    if space.recipe is not None:
+        return _space_of_recipe(Path(space.recipe), layers, tiles)
     rule = TimestepRule.QUADRATIC if space.groups == "free" else TimestepRule(space.groups)
     groups = timestep_groups(num_train_timesteps, space.num_inference_steps, rule)
     num_steps = range(space.min_steps or len(groups), (space.max_steps or len(groups)) + 1)
@@ -269,11 +294,35 @@ def _search_space(config: Config, num_train_timesteps: int, layers: tuple[LayerS
         groups,
         tuple(softmax if isinstance(shape, AttentionShape) else tuple(space.weight_bits) for shape in layers),
         (tuple(space.act_bits),) * len(layers),
-        tuple((tile if isinstance(shape, ConvShape) and is_eligible(shape) else DIRECT_TILE,) for shape in layers),
+        tiles,
         num_steps[0],
         num_steps[-1],
         *steps_per_group,
         BitsPerStep(space.bits_per_step),
+    )
+
+
+def _tile_choices(config: Config, shape: LayerShape) -> tuple[int, ...]:
+    """Tiles that a layer may take."""
+    if not isinstance(shape, ConvShape) or not is_eligible(shape):
+        return (DIRECT_TILE,)
+    space = config.space
+    if not space.tiles:
+        return (config.winograd.tile,)
+    return saving_tiles(shape, space.tiles, max(space.weight_bits), max(space.act_bits))
+
+
+def _space_of_recipe(path: Path, layers: Sequence[LayerShape], tiles: tuple[tuple[int, ...], ...]) -> SearchSpace:
+    """Tiles alone, at the timesteps and bits of another run's recipe."""
+    candidate = read_candidate(path, [shape.name for shape in layers])
+    if len(candidate.allocations) > 1:
+        raise UserError(f"space.recipe must be of a run with space.bits_per_step=shared, found {path}")
+    (allocation,) = candidate.allocations
+    return SearchSpace(
+        tuple((timestep,) for timestep in reversed(candidate.timesteps)),
+        tuple((bits,) for bits in allocation.weight_bits),
+        tuple((bits,) for bits in allocation.act_bits),
+        tiles,
     )
 
 
@@ -293,11 +342,13 @@ def make_search(experiment: Experiment) -> Search:
     """
     config, space = experiment.config, experiment.space
     budget = config.budget
-    seeds = []
-    if budget.weight_bits in config.space.weight_bits and budget.act_bits in config.space.act_bits:
-        timesteps = experiment.seed_timesteps()
-        if space.steps.contains(timesteps):
+    timesteps, seeds = experiment.seed_timesteps(), []
+    if space.steps.contains(timesteps):
+        if budget.weight_bits in config.space.weight_bits and budget.act_bits in config.space.act_bits:
             seeds.append(space.uniform(timesteps, budget.weight_bits, budget.act_bits))
+        if experiment.tile_rule is not None:
+            seeds.append(replace(experiment.tile_rule, timesteps=timesteps))
+    seeds = [seed for seed in seeds if space.contains(seed)][: config.search.get("population_size")]
     search: Search = instantiate(config.search)(
         space,
         experiment.cost,
@@ -326,11 +377,16 @@ WINOGRAD_KERNEL = 3
 
 
 def examined_tiles(config: Config) -> list[int]:
-    """Tiles that are examined: the reported ones, of those that listed points fit, and the one in use."""
+    """Tiles that are examined: the reported ones, of those that listed points fit, and those in use."""
     winograd = config.winograd
     named = isinstance(winograd.points, str)
     reported = [m for m in winograd.report_tiles if named or len(winograd.points) == m + WINOGRAD_KERNEL - 1]
-    return sorted({*reported, *([winograd.tile] if winograd.tile else [])})
+    return sorted({*reported, *used_tiles(config)})
+
+
+def used_tiles(config: Config) -> list[int]:
+    """Tiles that candidates may take, besides direct."""
+    return sorted(set(config.space.tiles or [config.winograd.tile]) - {DIRECT_TILE})
 
 
 def winograd_spec(config: Config, m: int) -> WinogradSpec:

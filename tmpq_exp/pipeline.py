@@ -19,7 +19,8 @@ from tmpq_exp.report import pareto_png, report_html, samples_png, summary_table,
 from tmpq_exp.results import assemble_report, picture_records, sample_rows
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.search.trials import Trial, TrialLog
-from tmpq_exp.stages import Shipped, evaluate, search, select, specialize, winograd_scales
+from tmpq_exp.stages import Shipped, evaluate, search, select, specialize
+from tmpq_exp.tiling import winograd_scales
 from tmpq_exp.tracking import NullTracker, Tracker, WandbTracker
 from tmpq_exp.weighing import weigh
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tmpq_exp.cost import ConvShape, CostModel, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 from tmpq_exp.release_scale import release_bitops, release_macs
 from tmpq_exp.rundir import RunDirectory, bad_input, write_json, writing
+from tmpq_exp.winograd.transform import ineligible_reason
 from tmpq_exp.zoo.task import CostedModel, TrainableModel
 
 COST_SCHEMA = 1
@@ -70,8 +72,8 @@ def cost_content(
 
     Returns:
         ``macs``, ``bitops`` and ``weight_bytes`` of one image, one U-Net call and no guidance, the rows in ``layers``,
-        and ``trajectory`` for all steps and calls. ``macs_diffusers`` is there where it differs from ``macs``,
-        ``release`` under ``cost.scale=release``.
+        ``trajectory`` for all steps and calls, and ``winograd``, see ``winograd_content``. ``macs_diffusers`` is there
+        where it differs from ``macs``, ``release`` under ``cost.scale=release``.
     """
     cost, bits, num_steps = CostModel(layers, 2 if guided else 1), config.cost, config.space.num_inference_steps
     allocation = cost.uniform(bits.weight_bits, bits.act_bits, config.quant.softmax_bits)
@@ -107,7 +109,45 @@ def cost_content(
         for row, shape, w, a in zip(rows, layers, allocation.weight_bits, allocation.act_bits, strict=True):
             row |= {"macs_release": release_macs(shape), "bitops_release": release_bitops(shape, w, a)}
         content["release"] = {key: sum(row[f"{key}_release"] for row in rows) for key in ("macs", "bitops")}
-    return content | {"layers": rows}
+    tiles = sorted({*config.winograd.report_tiles, config.winograd.tile} - {DIRECT_TILE})
+    return content | {"winograd": winograd_content(layers, tiles), "layers": rows}
+
+
+def winograd_content(layers: Sequence[LayerShape], tiles: Sequence[int]) -> dict[str, Any]:
+    """What Winograd tiles save over all eligible convolutions of one U-Net call for one image.
+
+    Returns:
+        ``eligible_layers`` (names), ``ineligible_layers`` (name and reason), ``eligible_macs`` (their MACs if direct),
+        and ``tiles``: for each ``m`` the ``multiplications`` of the Hadamard stage, tiles that the border cuts counted
+        whole, their ``multiplications_ratio`` (direct over this), and ``executed_macs_ratio``, which counts both
+        transforms too. Last, with ``m`` null, the tile of fewest multiplications at every layer.
+    """
+    convs = [shape for shape in layers if isinstance(shape, ConvShape)]
+    eligible = [shape for shape in convs if is_eligible(shape)]
+    direct = sum(shape.macs for shape in eligible)
+    choices: list[tuple[int | None, list[int]]] = [(m, [m] * len(eligible)) for m in tiles]
+    if tiles:
+        least = [min((DIRECT_TILE, *tiles), key=shape.hadamard_macs) for shape in eligible]
+        choices.append((None, least))
+    rows = []
+    for m, chosen in choices if eligible else ():
+        multiplications = sum(shape.hadamard_macs(tile) for shape, tile in zip(eligible, chosen, strict=True))
+        executed = sum(shape.executed_macs(tile) for shape, tile in zip(eligible, chosen, strict=True))
+        rows.append(
+            {
+                "m": m,
+                "multiplications": multiplications,
+                "multiplications_ratio": direct / multiplications,
+                "executed_macs_ratio": direct / executed,
+            }
+        )
+    reasons = ((s.name, ineligible_reason(s.kernel_size, s.stride, s.dilation, s.groups)) for s in convs)
+    return {
+        "eligible_layers": [shape.name for shape in eligible],
+        "ineligible_layers": [{"name": name, "reason": reason} for name, reason in reasons if reason is not None],
+        "eligible_macs": direct,
+        "tiles": rows,
+    }
 
 
 def _with_tiles(allocation: Allocation, layers: Sequence[LayerShape], tile: int) -> Allocation:
@@ -167,6 +207,23 @@ def summary_lines(content: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"release      {_quantity(release['macs'])}MACs, {_quantity(release['bitops'])}BitOPs on the scale of the "
             "authors' code, for any number of steps"
+        )
+    return [*lines, *_winograd_lines(content["winograd"])]
+
+
+def _winograd_lines(winograd: Mapping[str, Any]) -> list[str]:
+    reasons = Counter(layer["reason"] for layer in winograd["ineligible_layers"]).most_common()
+    num_eligible, num_direct = len(winograd["eligible_layers"]), len(winograd["ineligible_layers"])
+    stay = "; ".join(f"{count} with {reason}" for reason, count in reasons)
+    lines = [
+        f"winograd     {num_eligible} of {num_eligible + num_direct} convolutions are eligible, "
+        f"{_quantity(winograd['eligible_macs'])}MACs" + (f"; direct: {stay}" if stay else "")
+    ]
+    for row in winograd["tiles"]:
+        name = "best tile of each layer" if row["m"] is None else f"F({row['m']},3)"
+        lines.append(
+            f"             {name}: {row['multiplications_ratio']:.2f}x fewer multiplications there, "
+            f"{row['executed_macs_ratio']:.2f}x fewer MACs with both transforms"
         )
     return lines
 

@@ -159,6 +159,21 @@ def apply_recipe(path: str | Path, task: DiffusionTask | None = None) -> Compres
         raise ValueError(f"{path}: {error}") from error
 
 
+def read_candidate(path: Path, layers: Sequence[str]) -> Candidate:
+    """The candidate of a recipe, of a network with these layers.
+
+    Raises:
+        ValueError: If the file is no recipe, or of another network.
+    """
+    recipe = _read(path)
+    if recipe["layers"] != list(layers):
+        raise ValueError(f"{path}: the layers of the recipe are not those of this model")
+    candidate = Candidate.from_json(recipe["candidate"])
+    if any(len(allocation) != len(layers) for allocation in candidate.allocations):
+        raise ValueError(f"{path}: the network has {len(layers)} layers, an allocation another number of entries")
+    return candidate
+
+
 def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) -> CompressedModel:
     if task is None:
         if recipe["model"] not in EMBEDDED_MODELS:

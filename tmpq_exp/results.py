@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from tmpq_exp.config import Granularity
-from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, LayerShape, is_eligible
-from tmpq_exp.experiment import Experiment, winograd_spec
+from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, CostModel, LayerShape, is_eligible
+from tmpq_exp.experiment import Experiment, used_tiles, winograd_spec
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.report import SCHEMA
 from tmpq_exp.search.algorithm import Search
@@ -24,7 +25,7 @@ from tmpq_exp.winograd.spec import ALL
 SAMPLE_COLUMNS = 12
 
 
-def entry(trial: Trial, name: str, weighted: Sequence[bool]) -> dict[str, Any]:
+def entry(trial: Trial, name: str, weighted: Sequence[bool], cost: CostModel) -> dict[str, Any]:
     """Report entry of a trial."""
     candidate = Candidate.from_json(trial.candidate)
     return {
@@ -32,7 +33,9 @@ def entry(trial: Trial, name: str, weighted: Sequence[bool]) -> dict[str, Any]:
         "timesteps": list(candidate.timesteps),
         "bits": label(candidate, weighted),
         "bitops": trial.bitops,
+        "hadamard_bitops": cost.hadamard_bitops(candidate),
         "macs": trial.macs,
+        "multiplications": cost.multiplications(candidate),
         "weight_bytes": trial.weight_bytes,
         "metrics": trial.metrics,
         "intervals": trial.intervals or {},
@@ -66,7 +69,7 @@ def assemble_report(
     weighted = [not isinstance(shape, AttentionShape) for shape in experiment.layers]
     searched = [trial for trial in experiment.trials.of_phase("search") if search_objective.covers(trial)]
     seconds = experiment.run.stage_seconds()
-    best = entry(finals["best"], "best", weighted)
+    best = entry(finals["best"], "best", weighted, experiment.cost)
     winner = shipped.candidate
     in_supernet = "best" if shipped.module is experiment.module else "best_other"
     best |= {
@@ -85,7 +88,6 @@ def assemble_report(
     baselines = experiment.baselines()
     protocol = search_objective.fingerprint, search_objective.state
     scored = {name: search_objective.trials.find(c, *protocol) for name, c in baselines.items()}
-    hadamard = experiment.cost.hadamard_bitops(winner)
     failed = [trial for trial in searched if trial.error is not None]
     starts = json.loads(experiment.run.environment.read_text(encoding="utf-8"))["starts"]
     return {
@@ -99,12 +101,12 @@ def assemble_report(
         "metric": metric,
         "num_train_timesteps": experiment.task.num_train_timesteps,
         "budget": {"bitops": experiment.budget_bitops, "name": _budget_name(experiment)},
-        "baselines": [entry(finals[name], name, weighted) for name in baselines],
-        "best": best | {"hadamard_bitops": hadamard},
-        "front": [entry(trial, trial.key, weighted) for trial in front(searched, metric)],
+        "baselines": [entry(finals[name], name, weighted, experiment.cost) for name in baselines],
+        "best": best,
+        "front": [entry(trial, trial.key, weighted, experiment.cost) for trial in front(searched, metric)],
         "calibration": experiment.calibration,
         "winograd": [{key: value for key, value in tile.items() if key != "scales"} for tile in winograd],
-        "winograd_choice": f"f{config.winograd.tile}" if config.winograd.tile else "none",
+        "winograd_choice": _winograd_choice(experiment, winner),
         "search": {
             "num_evaluations": len(searched),
             "num_reused": sum(trial.source is not None for trial in searched),
@@ -124,13 +126,29 @@ def assemble_report(
                 "final": final_objective.protocol.seed,
             }
         },
-        "search_baselines": [entry(trial, name, weighted) for name, trial in scored.items() if trial is not None],
+        "search_baselines": [
+            entry(trial, name, weighted, experiment.cost) for name, trial in scored.items() if trial is not None
+        ],
         "stages": seconds,
         "warnings": [*warnings, *_warnings(experiment, searched, search_objective)],
         "ragged_groups": ragged_groups(experiment),
         "environment": starts[-1],
         "seed": config.seed,
     }
+
+
+def _winograd_choice(experiment: Experiment, winner: Candidate) -> str:
+    """The tile of all eligible layers, or how many layers (of all steps) took which where tiles were searched."""
+    tile = experiment.config.winograd.tile
+    if not experiment.config.space.tiles:
+        return f"f{tile}" if tile else "none"
+    taken = Counter(
+        tile
+        for allocation in winner.allocations
+        for shape, tile in zip(experiment.layers, allocation.tiles, strict=True)
+        if isinstance(shape, ConvShape) and is_eligible(shape)
+    )
+    return "searched: " + ", ".join(f"{count} {f'f{m}' if m else 'direct'}" for m, count in sorted(taken.items()))
 
 
 def _warnings(experiment: Experiment, searched: Sequence[Trial], objective: Objective) -> list[str]:
@@ -145,25 +163,28 @@ def _warnings(experiment: Experiment, searched: Sequence[Trial], objective: Obje
         )
     stages = (config.quantize_input, config.quantize_v, config.quantize_u, config.quantize_m)
     own_bits = (config.input_bits, config.v_bits, config.u_bits)
-    if config.tile and (config.m_bits != TRANSFORM_BITS or not all(stages) or any(own_bits)):
+    tiles = used_tiles(experiment.config)
+    if tiles and (config.m_bits != TRANSFORM_BITS or not all(stages) or any(own_bits)):
         found.append(
             f"BitOPs count every Winograd stage as quantized and M at {TRANSFORM_BITS} bits, which is not what this "
             "run computes: compare its quality, not its cost"
         )
-    if config.tile and {"v", "m"} & set(config.shaped_stages):
+    if tiles and {"v", "m"} & set(config.shaped_stages):
         found.append(
             "BitOPs leave out the error feedback of shaped V and M, n^2 (n^2 - 1) / 2 products a tile and channel"
         )
-    if config.tile and Granularity.PER_GROUP not in (experiment.config.quant.act.granularity,):
+    if tiles and Granularity.PER_GROUP not in (experiment.config.quant.act.granularity,):
         found.append(
             "Winograd layers have dynamic group-wise activation scales, direct ones static scales: to compare tiles "
             "alone, run with quant=groupwise"
         )
+    if experiment.config.space.tiles and experiment.tile_rule is None:
+        found.append("the data-free rule for tiles found no uniform bits that fit the budget; it is no baseline here")
     return found
 
 
 def picture_records(experiment: Experiment, objective: Objective) -> list[dict[str, Any]]:
-    """Trials of this objective, and once more under its name each baseline that the search itself had scored."""
+    """Trials of this objective with their multiplications; baselines that the search had scored stand there twice."""
     names = {candidate.key(): name for name, candidate in experiment.baselines().items()}
     trials = [trial for trial in experiment.trials.of_phase("search", "baseline") if objective.covers(trial)]
     again = [
@@ -171,7 +192,10 @@ def picture_records(experiment: Experiment, objective: Objective) -> list[dict[s
         for trial in trials
         if trial.phase == "search" and trial.key in names
     ]
-    return [*(asdict(trial) for trial in trials), *again]
+    records = [*(asdict(trial) for trial in trials), *again]
+    for record in records:
+        record["multiplications"] = experiment.cost.multiplications(Candidate.from_json(record["candidate"]))
+    return records
 
 
 def _budget_name(experiment: Experiment) -> str:
@@ -188,6 +212,8 @@ def sample_rows(experiment: Experiment, shipped: Shipped, seed: int) -> list[tup
         "float_k": f"float, {config.space.num_inference_steps} steps",
     } | {f"w{bits}a{bits}": f"W{bits}A{bits}" for bits in config.evaluation.baseline_bits}
     rows = [(label, baselines[name], experiment.module) for name, label in names.items()]
+    if experiment.tile_rule is not None:
+        rows.append(("tiles by rule", experiment.tile_rule, experiment.module))
     rows.append(("best found", shipped.candidate, shipped.module))
     indices = range(min(SAMPLE_COLUMNS, config.evaluation.num_images))
     return [(label, module.images(candidate, indices, seed).cpu()) for label, candidate, module in rows]
@@ -201,7 +227,8 @@ def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:
         if quantizer.granularity == Granularity.PER_GROUP:
             for shape in experiment.layers:
                 found[shape.name, quantizer.group_size] = _input_channels(shape) % quantizer.group_size
-    size = winograd_spec(config, config.winograd.tile).group_channels if config.winograd.tile else ALL
+    tiles = used_tiles(config)
+    size = winograd_spec(config, tiles[0]).group_channels if tiles else ALL
     if size != ALL:
         for shape in experiment.layers:
             if isinstance(shape, ConvShape) and is_eligible(shape):

@@ -2,164 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tmpq_exp.calibrating import recalibrated
 from tmpq_exp.config import UserError
-from tmpq_exp.cost import ConvShape, is_eligible
-from tmpq_exp.experiment import Experiment, examined_tiles, make_search, winograd_spec
+from tmpq_exp.experiment import Experiment, make_search
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.quant.states import trajectory_states
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.module import Proxy, SearchModule
 from tmpq_exp.search.objective import Objective
 from tmpq_exp.search.trials import Trial
-from tmpq_exp.seeding import stream_seed
-from tmpq_exp.winograd.conv import WinogradSpec
-from tmpq_exp.winograd.learning import learn_scales
-from tmpq_exp.winograd.scales import (
-    ConvWeight,
-    ScaleSet,
-    fsq_style_scales,
-    input_sqnr_db,
-    network_sqnr_db,
-    read_scales,
-    write_scales,
-)
-from tmpq_exp.winograd.spec import Method
-from tmpq_exp.winograd.transform import closed_form_scales, ineligible_reason, standard_scales
-
-REPORTED_BITS = 8
-"""Bits of all Winograd stages behind the reported SQNR."""
-
-
-def winograd_scales(experiment: Experiment) -> list[dict[str, Any]]:
-    """Learn and judge the transform scales of every reported tile, and of the tile in use.
-
-    Returns:
-        The ``winograd`` list of the report.
-    """
-    config = experiment.config.winograd
-    results, kept = [], {}
-    for m in examined_tiles(experiment.config):
-        inputs = [experiment.task.weights_hash, asdict(config), m, experiment.config.seed]
-        result = experiment.run.stage(f"winograd f{m}", inputs, [], partial(_learn_tile, experiment, m))
-        results.append(result)
-        spec, name = winograd_spec(experiment.config, m), config.scales if config.scales != "learned" else "kept"
-        kept[m] = spec, ScaleSet.from_json(result["scales"][name])
-        if m == config.tile:
-            experiment.winograd[m] = spec, _scales_in_use(experiment, *kept[m])
-            kept[m] = experiment.winograd[m]
-    write_scales(experiment.run.winograd_scales, experiment.task.name, kept)
-    experiment.module.supernet.set_winograd(experiment.winograd)
-    return results
-
-
-def _scales_in_use(experiment: Experiment, spec: WinogradSpec, own: ScaleSet) -> ScaleSet:
-    """Scales of the searched tile: those of another run, FSQ-style ones, or the network's ``own``."""
-    config = experiment.config.winograd
-    if config.scales_from is not None:
-        return read_scales(Path(config.scales_from), spec)
-    if spec.method != Method.FSQ_STYLE:
-        return own
-    seed = stream_seed(experiment.config.seed, "fsq", spec.m) % 2**32
-    convs = [shape for shape in experiment.layers if isinstance(shape, ConvShape) and is_eligible(shape)]
-    layers = [_conv_weight(experiment.task.unet, shape.name) for shape in convs]
-    return ScaleSet(own.shared, {layer.name: fsq_style_scales(layer, spec, seed) for layer in layers})
-
-
-def _learn_tile(experiment: Experiment, m: int) -> dict[str, Any]:
-    config, spec = experiment.config.winograd, winograd_spec(experiment.config, m)
-    convs = [shape for shape in experiment.layers if isinstance(shape, ConvShape)]
-    eligible = [shape for shape in convs if is_eligible(shape)]
-    reasons = {s.name: ineligible_reason(s.kernel_size, s.stride, s.dilation, s.groups) for s in convs}
-    layers = [_conv_weight(experiment.task.unet, shape.name) for shape in eligible]
-    seed = stream_seed(experiment.config.seed, "winograd", m) % 2**32
-    closed = ScaleSet(closed_form_scales(spec.transform()))
-    scales = {"standard": ScaleSet(standard_scales(spec.transform())), "closed_form": closed, "kept": closed}
-    kept = "closed_form"
-    curve: tuple[float, ...] = ()
-    if config.learning.num_steps and layers:
-        result = learn_scales(
-            layers,
-            spec,
-            num_steps=config.learning.num_steps,
-            learning_rate=config.learning.learning_rate,
-            seed=seed,
-            trainer_factory=lambda **a: experiment.trainer(f"winograd F({m},3)", a["max_steps"], **a),
-            initial=config.learning.init,
-            layers_per_step=config.learning.layers_per_step,
-            noise_kind=config.learning.noise,
-            per_layer=config.learning.per_layer,
-            separate_columns=config.learning.separate_columns,
-        )
-        scales, kept, curve = dict(result.scales), result.kept, result.curve
-    reported = WinogradSpec(m, points=config.points)
-    inputs = _layer_inputs(experiment, [shape.name for shape in eligible])
-    figures: dict[str, dict[str, float | None]] = {
-        place: dict.fromkeys(("standard", "closed_form", "learned", "kept")) for place in ("noise", "inputs", "run")
-    }
-    for kind, s in scales.items() if layers else ():
-        figures["noise"][kind] = network_sqnr_db(layers, reported, s, seed, REPORTED_BITS)
-        figures["run"][kind] = network_sqnr_db(layers, spec, s, seed, REPORTED_BITS)
-        figures["inputs"][kind] = statistics.median(
-            input_sqnr_db(layer, inputs[layer.name], reported, s, REPORTED_BITS) for layer in layers
-        )
-    after = {place: of_kinds.pop("kept") for place, of_kinds in figures.items()}
-    return {
-        "m": m,
-        "points": config.points,
-        "eligible_layers": [shape.name for shape in eligible],
-        "ineligible_layers": [{"name": name, "reason": reason} for name, reason in reasons.items() if reason],
-        "sqnr_db": figures["noise"],
-        "sqnr_db_activations": figures["inputs"],
-        "sqnr_db_configured": figures["run"],
-        "sqnr_db_kept": {"noise": after["noise"], "activations": after["inputs"], "configured": after["run"]},
-        "kept": kept,
-        "scales": {kind: s.to_json() for kind, s in scales.items()},
-        "curve_db": list(curve),
-    }
-
-
-def _conv_weight(network: nn.Module, name: str) -> ConvWeight:
-    conv = network.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
-    padding = conv.padding
-    assert isinstance(padding, tuple)
-    height, width = padding
-    return ConvWeight(name, conv.weight, (height, width))
-
-
-@torch.inference_mode()
-def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]:
-    """Inputs of these layers on eight states in the middle of a float trajectory."""
-    num_timesteps = experiment.config.calibration.num_timesteps
-    states = trajectory_states(experiment.task, 8, num_timesteps, 0)
-    state = states[len(states) // 2]
-    found: dict[str, Tensor] = {}
-    network = experiment.task.unet
-    handles = [
-        network.get_submodule(name).register_forward_hook(
-            lambda _, args, __, name=name: found.update({name: args[0].cpu()})
-        )
-        for name in names
-    ]
-    try:
-        timestep = torch.full((len(state.x),), state.timestep, device=state.x.device)
-        network(state.x, timestep, **{key: value.to(state.x.device) for key, value in state.conditioning.items()})
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def search(experiment: Experiment) -> tuple[Search, Objective]:

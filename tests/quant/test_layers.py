@@ -48,7 +48,7 @@ def quant_conv(conv: nn.Conv2d, x: Tensor, cache: WeightCache | None = None, **a
         float_layer=conv,
         weight_choices=BITS,
         act_choices=BITS,
-        config=QuantConfig(),
+        config=arguments.pop("config", QuantConfig()),
         winograd=arguments.pop("winograd", {}),
     )
     calibrated(layer.act_quantizer, x)
@@ -149,6 +149,21 @@ def test_winograd_convolution(padding: int | str | tuple[int, int], padding_mode
     assert torch.equal(y, expected)
     assert y.shape == conv(x).shape
     assert F.mse_loss(y, conv(x)) < 0.1 * conv(x).square().mean()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@torch.no_grad()
+def test_direct_and_winograd_quantize_the_input_alike(symmetric: bool) -> None:
+    conv, x = nn.Conv2d(6, 4, 3, padding=1), F.silu(random(2, 6, 8, 8))
+    grouped = QuantizerConfig(Granularity.PER_GROUP, group_size=4, symmetric=symmetric)
+    spec = WinogradSpec(2, group_size=4, quantize_v=False, quantize_u=False, quantize_m=False)
+    matrices = NetworkMatrices(WinogradMatrices.from_scales(spec.transform()))
+    layer = quant_conv(conv, x, config=QuantConfig(grouped, grouped), winograd={2: (spec, matrices)})
+    layer.setting = LayerSetting(FLOAT_BITS, 4, 0)
+    direct = layer(x)
+    layer.setting = LayerSetting(FLOAT_BITS, 4, 2)
+    torch.testing.assert_close(layer(x), direct, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(direct, conv(x), atol=1e-2)
 
 
 def products_layer(attention: Attention, x: Tensor, context: Tensor | None, **kwargs: Tensor) -> QuantAttentionProducts:

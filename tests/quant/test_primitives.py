@@ -144,19 +144,24 @@ def test_gradient_passes_inside_the_range_and_stops_outside() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(1, 9), st.integers(1, 12), BITS, st.sampled_from([0, 1, 2]))
-def test_groups_are_slices_quantized_alone(channels: int, group_size: int, bits: int, channel_dim: int) -> None:
+@given(st.integers(1, 9), st.integers(1, 12), BITS, st.sampled_from([0, 1, 2]), st.booleans())
+def test_groups_are_slices_quantized_alone(
+    channels: int, group_size: int, bits: int, channel_dim: int, symmetric: bool
+) -> None:
     shape = [3, 4, 2]
     shape[channel_dim] = channels
     x = random(*shape, seed=channels)
     shared = [d for d in range(3) if d not in (0, channel_dim)]
-    y = fake_quantize_groups(x.clone(), channel_dim, group_size, shared, bits)
+    y = fake_quantize_groups(x.clone(), channel_dim, group_size, shared, bits, symmetric=symmetric)
     dims = (*shared, channel_dim)
     for part, quantized in zip(x.split(group_size, channel_dim), y.split(group_size, channel_dim), strict=True):
-        scale = symmetric_scale(part.abs().amax(dims, keepdim=True), bits)
-        expected = fake_quantize(part, scale, torch.zeros(1), *integer_range(bits, True))
+        low, high = part.amin(dims, keepdim=True), part.amax(dims, keepdim=True)
+        expected = fake_quantize(
+            part, *scale_and_zero_point(low, high, bits, symmetric), *integer_range(bits, symmetric)
+        )
         assert torch.equal(quantized, expected)
-    differentiable = fake_quantize_groups(x.clone().requires_grad_(), channel_dim, group_size, shared, bits)
+    leaf = x.clone().requires_grad_()
+    differentiable = fake_quantize_groups(leaf, channel_dim, group_size, shared, bits, symmetric=symmetric)
     torch.testing.assert_close(differentiable.detach(), y)
 
 

@@ -14,7 +14,7 @@ from tmpq_exp.search.budget import Budget
 from tmpq_exp.search.space import SearchSpace
 
 LAYERS: tuple[LayerShape, ...] = (
-    ConvShape("first", 3, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, 16, 16),
+    ConvShape("first", 1, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, 16, 16),
     ConvShape("wide", 16, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, 16, 16),
     ConvShape("down", 64, 64, (3, 3), (2, 2), (1, 1), (1, 1), 1, 8, 8),
     LinearShape("embedding", 64, 128, 1),
@@ -33,11 +33,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make_space(bits: tuple[int, ...] = (8, 7, 6, 5), tiles: tuple[int, ...] = (0, 2, 4, 6), **kind: Any) -> SearchSpace:
+    """The first layer has so few channels that every tile costs more than direct."""
     return SearchSpace(
         timestep_groups(100, 5, TimestepRule.QUADRATIC),
         weight_choices=((8,), bits, bits, bits, (8,)),
         act_choices=((8,), bits, bits, bits, bits),
-        tile_choices=((0,), tiles, (0,), (0,), (0,)),
+        tile_choices=(tiles, tiles, (0,), (0,), (0,)),
         **kind,
     )
 
@@ -56,7 +57,11 @@ def test_repair_and_fill_end_within_any_budget(seed: int, position: float, kind:
     budget = Budget(space, COST, low + int(position * (uniform_budget(space, 8) - low)))
     repaired = budget.repair(space.sample(rng, highest_bits=highest_bits), rng)
     filled = budget.fill(repaired, rng)
-    assert COST.bitops(repaired) <= COST.bitops(filled) <= budget.budget_bitops
+    assert max(COST.bitops(repaired), COST.bitops(filled)) <= budget.budget_bitops
+    if len(filled.timesteps) == len(repaired.timesteps):
+        before, after = space.encode(repaired), space.encode(filled)
+        assert (after[:2] >= before[:2]).all()
+        assert (after[2] <= before[2]).all()
     assert space.contains(repaired)
     assert space.contains(filled)
 
@@ -80,6 +85,32 @@ def test_a_lower_ceiling_holds_for_one_call(seed: int) -> None:
     ceiling = int(rng.integers(budget.cheapest_bitops, budget.budget_bitops))
     filled = budget.fill(budget.repair(space.sample(rng), rng, ceiling), rng, ceiling)
     assert COST.bitops(filled) <= ceiling
+
+
+@given(seeds, st.sampled_from(["shared", "per_step"]))
+def test_no_smaller_tile_of_a_filled_candidate_can_be_paid(seed: int, kind: str) -> None:
+    space, rng = make_space(**KINDS[kind]), np.random.default_rng(seed)
+    budget = Budget(space, COST, uniform_budget(space, 6))
+    filled = budget.fill(budget.repair(space.sample(rng), rng), rng)
+    genes = space.encode(filled)
+    assert not genes[2, :, 0].any(), "a tile that costs more than direct was kept"
+    for step, layer in zip(*np.nonzero(genes[2]), strict=True):
+        for finer in range(genes[2, step, layer]):
+            changed = genes.copy()
+            changed[2, step, layer] = finer
+            assert not budget.is_feasible(space.decode(filled.timesteps, changed))
+
+
+@given(seeds)
+def test_repair_keeps_tiles_where_lower_bits_are_enough(seed: int) -> None:
+    space, rng = make_space(), np.random.default_rng(seed)
+    drawn = space.sample(rng, highest_bits=True)
+    lowest = Candidate(
+        drawn.timesteps,
+        (Allocation((8, 5, 5, 5, 8), (8, 5, 5, 5, 5), drawn.allocations[0].tiles),),
+    )
+    budget = Budget(space, COST, int(rng.integers(COST.bitops(lowest), COST.bitops(drawn) + 1)))
+    assert budget.repair(drawn, rng).allocations[0].tiles == drawn.allocations[0].tiles
 
 
 def test_repair_leaves_feasible_candidates_and_fixed_timesteps_alone() -> None:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -270,7 +270,18 @@ class QuantConv2d(WeightedLayer):
         if conv.padding_mode != "zeros":
             x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             left = top = 0
+        if self._quantizes_input(spec):
+            x, spec = self.quantize_act(self.act_quantizer, x), replace(spec, quantize_input=False)
         return winograd_conv2d(x, weights, conv.bias, matrices, spec, setting.act_bits, (top, left))
+
+    def _quantizes_input(self, spec: WinogradSpec) -> bool:
+        """Whether x goes through the layer's own quantizer, as in direct computation: a dynamic one with zero points.
+
+        An integer input transform takes off the zero point first; padding is exact zero either way.
+        """
+        own = self.act_quantizer
+        follows = spec.quantize_input and spec.input_bits is None
+        return follows and own.is_dynamic and not own.config.symmetric
 
 
 class QuantLinear(WeightedLayer):

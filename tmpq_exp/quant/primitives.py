@@ -81,11 +81,14 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
     return dequantize(quantize(x, scale, zero_point, quant_min, quant_max), scale, zero_point)
 
 
-def fake_quantize_groups(x: Tensor, channel_dim: int, group_size: int, shared_dims: Sequence[int], bits: int) -> Tensor:
-    """Symmetric, dynamic fake quantization with one scale per group of channels, shared along ``shared_dims``.
+def fake_quantize_groups(
+    x: Tensor, channel_dim: int, group_size: int, shared_dims: Sequence[int], bits: int, *, symmetric: bool = True
+) -> Tensor:
+    """Dynamic fake quantization with one scale per group of channels, shared along ``shared_dims``.
 
-    In place where no gradient is needed. The scale is the group's largest magnitude, so nothing is clipped; the
-    gradient passes through the scale too, because the size of the rounding error depends on it.
+    In place where no gradient is needed. The range is the group's largest magnitude, or its extreme values where it is
+    not symmetric, so nothing is clipped; the gradient passes through the scale too, because the size of the rounding
+    error depends on it.
 
     Args:
         x: Any shape; changed in place unless it needs a gradient.
@@ -93,6 +96,7 @@ def fake_quantize_groups(x: Tensor, channel_dim: int, group_size: int, shared_di
         group_size: Channels of a group, at least 1; the last group may be shorter.
         shared_dims: Further dimensions over which a scale is shared, counted from the front.
         bits: 2..16.
+        symmetric: Whether the zero point is 0.
     """
     num_channels = x.shape[channel_dim]
     group_size = min(group_size, num_channels)
@@ -104,22 +108,30 @@ def fake_quantize_groups(x: Tensor, channel_dim: int, group_size: int, shared_di
             continue
         part = x.narrow(channel_dim, start, length).unflatten(channel_dim, (-1, size or length))  # type: ignore[no-untyped-call]
         dims = [*(d + (d > channel_dim) for d in shared_dims), channel_dim + 1]
-        scale = symmetric_scale(_absmax(part, dims), bits)
+        low, high = _extremes(part, dims)
+        scale, zero_point = scale_and_zero_point(low, high, bits, symmetric)
+        quant_min, quant_max = integer_range(bits, symmetric)
         if in_place:
-            part.div_(scale).round_().mul_(scale)
+            part.div_(scale).round_()
+            if not symmetric:
+                torch.clamp(part, quant_min - zero_point, quant_max - zero_point, out=part)
+            part.mul_(scale)
         else:
-            parts.append((round_ste(part / scale) * scale).flatten(channel_dim, channel_dim + 1))
+            integers = round_ste(part / scale)
+            if not symmetric:
+                integers = integers.clamp(quant_min - zero_point, quant_max - zero_point)
+            parts.append((integers * scale).flatten(channel_dim, channel_dim + 1))
     if in_place:
         return x
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=channel_dim)
 
 
-def _absmax(x: Tensor, dims: list[int]) -> Tensor:
-    """Largest magnitude over ``dims``, kept; one dimension after the other, which is faster than all at once."""
+def _extremes(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Extreme values over ``dims``, kept; one dimension after the other, which is faster than all at once."""
     high = low = x
     for dim in dims:
         high, low = high.amax(dim, keepdim=True), low.amin(dim, keepdim=True)
-    return torch.maximum(high, -low)
+    return low, high
 
 
 def pack_bits(mask: Tensor) -> Tensor:

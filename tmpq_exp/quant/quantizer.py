@@ -207,7 +207,7 @@ class ActQuantizer(Quantizer):
         bit_choices: See ``Quantizer``.
         num_channels: Size of the channel dimension.
         channel_dim: 1 for images ``(B, C, H, W)``, -1 for tokens ``(B, ..., C)``.
-        config: See ``Quantizer``; a dynamic quantizer is symmetric with the extreme values as range.
+        config: See ``Quantizer``; the range of a dynamic quantizer is that of the extreme values.
         seam: Channels before the seam of a concatenation: a static per-tensor quantizer then has one row for each
             side; 0: no seam.
     """
@@ -239,7 +239,8 @@ class ActQuantizer(Quantizer):
     def _dynamic(self, x: Tensor, bits: int) -> Tensor:
         dim = self.channel_dim % x.dim()
         shared = tuple(d for d in range(1, x.dim()) if d != dim)
-        return fake_quantize_groups(x.clone(), dim, self.config.group_size, shared, bits)
+        symmetric = self.config.symmetric
+        return fake_quantize_groups(x.clone(), dim, self.config.group_size, shared, bits, symmetric=symmetric)
 
     def per_activation(self, values: Tensor, x: Tensor) -> Tensor:
         """One value a row -> a tensor that broadcasts against the activations."""

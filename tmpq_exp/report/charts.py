@@ -1,4 +1,4 @@
-"""Geometry of charts inside HTML reports: axes, ticks and marks in the units of an SVG drawing."""
+"""Geometry of the charts inside the HTML report: axes, ticks and marks in the units of an SVG drawing; heat colours."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tmpq_exp.report.points import Point, SearchView, spread
 WIDTH, HEIGHT = 480.0, 330.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 470.0, 14.0, 288.0
 _LEFT_OF_NAMES = 416.0
+_HEAT_LOW, _HEAT_HIGH = (0xE3, 0xEC, 0xFB), (0x16, 0x3A, 0x7D)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,57 @@ def progress_chart(view: SearchView, random: Sequence[float | None] = ()) -> dic
         "random": _stairs([(x.at(i), y.at(value)) for i, value in beside.items()]),
         "last": {"x": steps[-1][0], "y": steps[-1][1], "text": f"{known[-1]:.4g}"} if steps else None,
     }
+
+
+def multiplications_chart(view: SearchView) -> dict[str, Any] | None:
+    """Quality against multiplications: candidates, baselines at equal steps, and the best one.
+
+    Args:
+        view: Points of the search; those that know no multiplications are left out.
+
+    Returns:
+        Everything the template draws; None where no candidate has multiplications.
+    """
+    searched = [point for point in view.searched if point.multiplications]
+    if not searched:
+        return None
+    ceiling = 1.25 * max(point.multiplications for point in searched)
+    baselines = [point for point in view.baselines if point.multiplications]
+    near = [point for point in baselines if point.multiplications <= ceiling and not point.is_float]
+    lines = [point for point in baselines if point not in near]
+    x = Axis.around([p.multiplications / 1e9 for p in (*searched, *near)], LEFT, _LEFT_OF_NAMES if lines else RIGHT)
+    values = [point.value for point in (*searched, *baselines)]
+    y = Axis.around(values, BOTTOM, TOP, is_log=is_log_scale(values))
+
+    def mark(point: Point) -> dict[str, Any]:
+        multiplications = point.multiplications / 1e9
+        title = f"{_title(point, view.metric)}, {multiplications:,.3f} G multiplications"
+        return {"x": x.at(multiplications), "y": y.at(point.value), "title": title}
+
+    best = view.best if view.best is not None and view.best.multiplications else None
+    return {
+        **frame(x, y),
+        "candidates": [mark(point) | {"on_front": False} for point in searched],
+        "front": "",
+        "uniform": [mark(point) | {"name": point.label} for point in near],
+        "lines": _named_lines(lines, y, view.metric),
+        "budget": None,
+        "best": None if best is None else mark(best),
+    }
+
+
+def curve_chart(values: Sequence[float]) -> dict[str, Any]:
+    """Values of the steps of learning, in their order, at least two."""
+    x, y = Axis.around([1.0, float(len(values))], LEFT, RIGHT), Axis.around(values, BOTTOM, TOP)
+    line = " ".join(f"{x.at(float(i))},{y.at(value)}" for i, value in enumerate(values, 1))
+    return {**frame(x, y), "line": line}
+
+
+def heat_colours(share: float) -> dict[str, str]:
+    """Fill of a cell, light for 0 and dark for 1, and the ink that is readable on it."""
+    share = min(1.0, max(0.0, share))
+    channels = [round(low + share * (high - low)) for low, high in zip(_HEAT_LOW, _HEAT_HIGH, strict=True)]
+    return {"fill": "#{:02x}{:02x}{:02x}".format(*channels), "ink": "#ffffff" if share > 0.5 else "#14213d"}
 
 
 def frame(x: Axis, y: Axis) -> dict[str, Any]:

@@ -43,7 +43,9 @@ ENTRY_KEYS: Mapping[str, str] = {
     "timesteps": "kept timesteps, integers in 0..T-1, in sampling order",
     "bits": "{weight_bits_mean, act_bits_mean, label}: summary of the allocation, means in bits",
     "bitops": "bit operations of the whole trajectory of one image, guidance included",
+    "hadamard_bitops": "bitops without the transforms of Winograd layers",
     "macs": "multiply-accumulates of the whole trajectory of one image, guidance included",
+    "multiplications": "macs without the transforms of Winograd layers",
     "weight_bytes": "bytes of the weights at their bit widths, scales excluded",
     "metrics": "name -> value or null; null where a value is not defined or not finite",
     "intervals": "name -> [low, high]: 95 % bootstrap interval over images of a metric; empty where not asked for",
@@ -90,6 +92,9 @@ BASELINE_NAMES = ("float_reference", "float_k", "w8a8", "w6a6")
 
 SPACINGS = ("leading", "trailing")
 """Schedules of further baselines, in their names behind the bits; the others are quadratic."""
+
+TILE_RULE = "winograd_rule"
+"""Name of the baseline whose tiles the data-free rule chose."""
 
 _HIGHER_IS_BETTER = ("psnr", "ssim", "clip", "inception_score", "accuracy", "sqnr")
 
@@ -210,8 +215,13 @@ def entry_label(entry: Mapping[str, Any], *, is_best: bool = False) -> str:
         return "Best found"
     if str(entry["name"]).startswith("float"):
         return f"Float, {len(entry['timesteps'])} steps"
-    _, _, spacing = str(entry["name"]).partition("_")
-    return f"{entry['bits']['label']}, {spacing}" if spacing in SPACINGS else str(entry["bits"]["label"])
+    bits = str(entry["bits"]["label"])
+    if entry["name"] == TILE_RULE:
+        return f"{bits}, tiles by rule"
+    _, _, kind = str(entry["name"]).partition("_")
+    if kind.startswith("f") and kind[1:].isdigit():
+        return f"{bits}, F({kind[1:]},3)"
+    return f"{bits}, {kind}" if kind in SPACINGS else bits
 
 
 def table_rows(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

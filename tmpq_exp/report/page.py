@@ -13,7 +13,7 @@ from PIL import Image
 
 from tmpq_exp.files import replace_file
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
-from tmpq_exp.report.charts import progress_chart, trials_chart
+from tmpq_exp.report.charts import heat_colours, multiplications_chart, progress_chart, trials_chart
 from tmpq_exp.report.content import (
     entry_label,
     find_baseline,
@@ -28,10 +28,10 @@ from tmpq_exp.report.content import (
 )
 from tmpq_exp.report.pictures import png_bytes, sample_rows
 from tmpq_exp.report.points import SearchView, search_view
+from tmpq_exp.report.winograd import by_block, winograd_pictures
 
 _SAMPLE_COLUMNS = 10
 _SAMPLE_PIXELS = 128
-_HEAT_LOW, _HEAT_HIGH = (0xE3, 0xEC, 0xFB), (0x16, 0x3A, 0x7D)
 
 
 def report_html(
@@ -74,6 +74,8 @@ def report_html(
         "has_search_values": bool(view.baselines or content.get("search_baselines")),
         "trials_chart": trials_chart(view) if view.searched else None,
         "progress_chart": progress_chart(view, content["evidence"]["progress"]["random"]) if view.searched else None,
+        "multiplications_chart": multiplications_chart(view) if _has_tiles(content) else None,
+        "winograd": winograd_pictures(content),
         "view": view,
         "samples": _strips(samples) if samples else [],
         "pictures": _embedded(pictures, bool(view.searched), bool(samples)),
@@ -99,6 +101,11 @@ def template(name: str) -> Template:
     )
     environment.filters |= {"number": number, "large": large}
     return environment.get_template(name)
+
+
+def _has_tiles(report: Mapping[str, Any]) -> bool:
+    """Whether tiles were searched."""
+    return str(report.get("winograd_choice", "")).startswith("searched")
 
 
 def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,12 +191,9 @@ def _heat_map(best: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Cells of the heat map: layers in groups of one block, rows of weight and activation bits (for each step)."""
     candidate = Candidate.from_json(best["candidate"])
     ceiling = _ceiling(candidate)
-    groups: dict[str, list[int]] = {}
-    for index, name in enumerate(best["layers"]):
-        groups.setdefault(_block(name), []).append(index)
     shared = len(candidate.allocations) == 1
     result = []
-    for block, indices in groups.items():
+    for block, indices in by_block(best["layers"]).items():
         rows = []
         for kind, field in (("W", "weight_bits"), ("A", "act_bits")):
             for step, allocation in enumerate(candidate.allocations):
@@ -216,10 +220,7 @@ def _shade(bits: int, ceiling: int) -> dict[str, str]:
     """Fill of a cell, light for few bits and dark for many, and the ink that is readable on it."""
     if bits == FLOAT_BITS:
         return {"fill": "#98a2b3", "ink": "#101828", "text": "fp"}
-    share = min(1.0, max(0.0, (bits - 2) / (ceiling - 2)))
-    channels = [round(low + share * (high - low)) for low, high in zip(_HEAT_LOW, _HEAT_HIGH, strict=True)]
-    ink = "#ffffff" if share > 0.5 else "#14213d"
-    return {"fill": "#{:02x}{:02x}{:02x}".format(*channels), "ink": ink, "text": str(bits)}
+    return {**heat_colours((bits - 2) / (ceiling - 2)), "text": str(bits)}
 
 
 def _ceiling(candidate: Candidate) -> int:
@@ -231,15 +232,6 @@ def _legend(best: Mapping[str, Any]) -> list[dict[str, str]]:
     candidate = Candidate.from_json(best["candidate"])
     widths = sorted({bits for a in candidate.allocations for bits in (*a.weight_bits, *a.act_bits)})
     return [_shade(bits, _ceiling(candidate)) for bits in widths]
-
-
-def _block(name: str) -> str:
-    """Block of the network that a layer belongs to, such as ``down_blocks.0`` or ``mid_block``."""
-    head, _, rest = name.partition(".")
-    position = rest.partition(".")[0]
-    if "block" not in head:
-        return "input, embedding, output"
-    return f"{head}.{position}" if position.isdigit() else head
 
 
 def _layer_table(best: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tmpq_exp.report.content import higher_is_better
+from tmpq_exp.report.content import TILE_RULE, higher_is_better
 
 COSTLY_FACTOR = 1.25
 """A baseline above this many times the dearest candidate and the budget is drawn as a line."""
@@ -24,6 +24,7 @@ class Point:
         key: Content hash of the candidate.
         name: Name of a baseline, empty for a searched candidate.
         num_steps: Number of kept timesteps.
+        multiplications: Of the whole trajectory of one image, without Winograd's transforms; 0 if not known.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Point:
     key: str
     name: str
     num_steps: int
+    multiplications: int = 0
 
     @property
     def is_float(self) -> bool:
@@ -40,8 +42,10 @@ class Point:
 
     @property
     def label(self) -> str:
-        """Short name of a baseline, such as ``float 10`` (its steps) or ``W6A6``."""
-        return f"float {self.num_steps}" if self.is_float else self.name.upper()
+        """Short name of a baseline, such as ``float 10`` (its steps), ``W6A6`` or ``W8A8 F4``."""
+        if self.name == TILE_RULE:
+            return "tile rule"
+        return f"float {self.num_steps}" if self.is_float else self.name.upper().replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,7 @@ def _point(record: Mapping[str, Any], metric: str) -> Point | None:
         key=record["key"],
         name=record.get("name") or "",
         num_steps=len((record.get("candidate") or {}).get("timesteps", ())),
+        multiplications=record.get("multiplications", 0),
     )
 
 

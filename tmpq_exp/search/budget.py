@@ -86,11 +86,12 @@ class Budget:
         return self.space.decode(tuple(timesteps[i] for i in kept), genes)
 
     def fill(self, candidate: Candidate, rng: np.random.Generator, budget_bitops: int | None = None) -> Candidate:
-        """Raise bits of a feasible candidate in random order, as far as the budget goes; then add steps.
+        """Raise bits of a feasible candidate in random order, as far as the budget goes; then refine tiles, add steps.
 
-        A move takes one gene to its next higher bits; in each round a layer has one. Where all have their highest bits
-        and a whole step can still be paid, steps are added. Ours: a candidate far below the ceiling wastes an
-        evaluation, because more bits seldom hurt.
+        A move takes one gene to its next higher bits; in each round a layer has one. Where no bits can be raised any
+        more, layers go to smaller tiles, which are less noisy: those that save BitOPs at the layer's bits for certain,
+        others while the budget pays. Where a whole step can still be paid, steps are added. Ours: a candidate far below
+        the ceiling wastes an evaluation, because more bits and smaller tiles seldom hurt.
 
         Args:
             candidate: A feasible one of the space.
@@ -100,6 +101,11 @@ class Budget:
         ceiling = self.budget_bitops if budget_bitops is None else budget_bitops
         timesteps = candidate.timesteps
         genes = self._raised(self.space.encode(candidate), len(timesteps), ceiling, rng)
+        for _ in range(genes[2].size * self._max_level if self._is_tile_free else 0):
+            refined = self._with_finer_tiles(genes, len(timesteps), ceiling, rng)
+            if (refined == genes).all():
+                break
+            genes = self._raised(refined, len(timesteps), ceiling, rng)  # a smaller tile may have cost less
         for _ in range(self.space.steps.max_steps - len(timesteps)):
             more = self.space.steps.with_one_more(timesteps, rng)
             rows = genes if self.space.is_shared else genes[:, self.space.steps.counterparts(more, timesteps)]
@@ -193,6 +199,21 @@ class Budget:
         moved = order[: int(np.searchsorted(savings[order].cumsum(), excess)) + 1]
         tiles = genes[2].flatten()
         tiles[moved] = cheapest.ravel()[moved]
+        return np.stack([genes[0], genes[1], tiles.reshape(genes.shape[1:])])
+
+    def _with_finer_tiles(self, genes: Genes, num_steps: int, ceiling: int, rng: np.random.Generator) -> Genes:
+        """Give layers, in random order, a random smaller tile that the budget pays for, at most one each."""
+        index, levels = self._index(genes)[..., None], np.arange(self._max_level)
+        prices = (self._bitops[index - genes[2][..., None] + levels] - self._bitops[index]) * self._factor(num_steps)
+        slack = ceiling - self._total(genes, num_steps)
+        keys = rng.random(prices.shape)
+        keys[(levels >= genes[2][..., None]) | (prices > slack)] = 2.0
+        finer, tiles = keys.argmin(axis=-1).ravel(), genes[2].flatten()
+        prices, keys = np.take_along_axis(prices, keys.argmin(-1, keepdims=True), -1).ravel(), keys.min(axis=-1).ravel()
+        for place in keys.argsort(kind="stable")[: int((keys < 2).sum())].tolist():
+            if prices[place] <= slack:
+                slack -= prices[place]
+                tiles[place] = finer[place]
         return np.stack([genes[0], genes[1], tiles.reshape(genes.shape[1:])])
 
     def _factor(self, num_steps: int) -> int:

@@ -11,6 +11,9 @@ from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.algorithm import Origin, Search
 from tmpq_exp.search.space import Genes, SearchSpace
 
+_TILES = 2
+"""Kind of the genes of tiles, whose choices stand from the least noisy on."""
+
 _GAIN_OF_NEXT_LEVEL = 0.25
 """Gain of one more bit over that of the bit before: the power of rounding noise falls fourfold."""
 
@@ -18,8 +21,9 @@ _GAIN_OF_NEXT_LEVEL = 0.25
 class GreedySearch(Search):
     """From the lowest bits upwards: each round tries every unit one level higher and raises those that gain most.
 
-    A unit is the weights or the activations of layers with about equally many MACs; there are as many units as a
-    generation has room for, at most two a layer. A round begins with the state reached, from the lowest bits on. After
+    A unit is the weights or the activations of layers with about equally many MACs, or their tiles, for which a level
+    higher is the next smaller tile; there are as many units as a generation has room for, at most three a layer. A
+    round begins with the state reached, from the lowest bits on. After
     it the unit of the highest gain per BitOP is raised, again and again, until this round's share of the budget is used
     up; a unit's next level is taken to gain a quarter of the one before. The last round, and places that are left over
     in others, ask for the state filled to the ceiling, and for it with two random units a level lower before it is
@@ -66,9 +70,9 @@ class GreedySearch(Search):
         self._units = self._make_units(max(1, population_size - len(seed_candidates) - 1))
 
     def _make_units(self, num_units: int) -> list[tuple[int, list[int]]]:
-        """Units as (0: weights or 1: activations, layers), about ``num_units`` with equally many genes each."""
+        """Units as (kind of gene, layers), about ``num_units`` with equally many genes each."""
         by_cost = np.array(sorted(range(self.space.num_layers), key=lambda i: self.budget.cost.layers[i].macs))
-        free = [by_cost[kind[0, by_cost] > 1] for kind in self.space.num_choices[:2]]
+        free = [by_cost[kind[0, by_cost] > 1] for kind in self.space.num_choices]
         num_free = sum(map(len, free))
         units = []
         for kind, layers in enumerate(free):
@@ -118,7 +122,8 @@ class GreedySearch(Search):
         kind, layers = self._units[unit]
         moved = genes.copy()
         highest = self.space.num_choices[kind][:, layers] - 1
-        moved[kind][:, layers] = np.clip(moved[kind][:, layers] + levels, 0, highest)
+        upwards = -levels if kind == _TILES else levels
+        moved[kind][:, layers] = np.clip(moved[kind][:, layers] + upwards, 0, highest)
         return moved
 
     def _after_round(self, generation: int, timesteps: tuple[int, ...], genes: Genes) -> Genes:
