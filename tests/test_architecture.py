@@ -21,6 +21,11 @@ ORDER = (
     # (1) what a candidate is, configuration, exact algebra, timestep sequences, pure functions
     "quant",
     "quant.allocation",
+    "config.checks",
+    "config.quantization",
+    "config.winograd",
+    "config.search",
+    "config.root",
     "config",
     "overrides",
     "quant.primitives",

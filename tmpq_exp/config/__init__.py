@@ -1,0 +1,40 @@
+"""Schema of the whole configuration and every range check that needs no network; imports no torch."""
+
+from tmpq_exp.config.checks import MAX_BITS, MIN_BITS, UserError
+from tmpq_exp.config.quantization import CalibrationConfig, Granularity, QuantConfig, QuantizerConfig
+from tmpq_exp.config.root import Config, LoggerConfig, PathsConfig, register_schema, to_config
+from tmpq_exp.config.search import BudgetConfig, CostConfig, EvaluationConfig, ObjectiveConfig, SpaceConfig
+from tmpq_exp.config.winograd import (
+    SCALES,
+    ClassificationConfig,
+    TileConfig,
+    VariantConfig,
+    WinogradConfig,
+    WinogradLearningConfig,
+)
+
+__all__ = [
+    "MAX_BITS",
+    "MIN_BITS",
+    "SCALES",
+    "BudgetConfig",
+    "CalibrationConfig",
+    "ClassificationConfig",
+    "Config",
+    "CostConfig",
+    "EvaluationConfig",
+    "Granularity",
+    "LoggerConfig",
+    "ObjectiveConfig",
+    "PathsConfig",
+    "QuantConfig",
+    "QuantizerConfig",
+    "SpaceConfig",
+    "TileConfig",
+    "UserError",
+    "VariantConfig",
+    "WinogradConfig",
+    "WinogradLearningConfig",
+    "register_schema",
+    "to_config",
+]

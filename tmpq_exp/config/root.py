@@ -1,0 +1,169 @@
+"""The whole configuration, and the one door through which it enters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from tmpq_exp.config.checks import UserError, check_at_least
+from tmpq_exp.config.quantization import CalibrationConfig, Granularity, QuantConfig
+from tmpq_exp.config.search import BudgetConfig, CostConfig, EvaluationConfig, ObjectiveConfig, SpaceConfig
+from tmpq_exp.config.winograd import ClassificationConfig, WinogradConfig
+from tmpq_exp.quant.allocation import DIRECT_TILE
+
+
+@dataclass
+class LoggerConfig:
+    """Experiment tracking.
+
+    Args:
+        name: ``wandb`` or ``none``.
+        project: W&B project.
+        mode: W&B mode: ``offline`` (no prompt, no network), ``online`` or ``disabled``.
+        group: W&B group; jobs of a sweep share one.
+        tags: W&B tags.
+    """
+
+    name: str = "wandb"
+    project: str = "tmpq_exp"
+    mode: str = "offline"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.name not in ("wandb", "none"):
+            raise UserError(f"logger.name must be wandb or none, found {self.name!r}")
+        if self.mode not in ("offline", "online", "disabled"):
+            raise UserError(f"logger.mode must be offline, online or disabled, found {self.mode!r}")
+
+
+@dataclass
+class PathsConfig:
+    """Where things are.
+
+    Args:
+        output_dir: Root of run directories.
+        cache_dir: Where calibration states are kept for other runs.
+        run_dir: This run's directory; set from Hydra.
+    """
+
+    output_dir: str = "outputs"
+    cache_dir: str = "outputs/.cache"
+    run_dir: str = MISSING
+
+
+@dataclass
+class Config:
+    """Everything a job is told; the groups of ``conf/`` fill it.
+
+    Args:
+        task: What to do, a partial ``_target_``: ``run``, ``train``, ``states``, ``classify`` or ``cost``.
+        tier: ``full`` or ``smoke``; only its name is kept.
+        executor: Who scores candidates: ``local``.
+        model: The float model, a ``_target_``.
+        data: Images for training, or test images of a classifier, a ``_target_``.
+        search: The search algorithm, a partial ``_target_``.
+        trainer: The Lightning Trainer, a partial ``_target_``.
+        reuse: Run directories whose evaluations are taken over where protocol and quantizers are the same, as they
+            are when only the budget or the search differ.
+        seed: Seed of every random stream, at least 0.
+        search_seed: Seed of what the search draws and of the images it scores; null: as ``seed``. Runs that differ in
+            it alone share calibration, selection and final images.
+        num_threads: CPU threads of torch; null leaves torch's choice.
+    """
+
+    task: Any = MISSING
+    tier: str = "full"
+    executor: str = "local"
+    model: Any = MISSING
+    data: Any = MISSING
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    winograd: WinogradConfig = field(default_factory=WinogradConfig)
+    classification: ClassificationConfig = field(default_factory=ClassificationConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    search: Any = MISSING
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: Any = MISSING
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    reuse: list[str] = field(default_factory=list)
+    seed: int = 0
+    search_seed: int | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        again = self.evaluation.recalibrate or self.evaluation.recalibrated_candidates
+        if again and self.calibration.method == "ranges":
+            raise UserError(
+                "evaluation.recalibrate: calibration=ranges finds the same ranges again; choose calibration=sampled "
+                "or calibration=uniform_prefix"
+            )
+        check_at_least("seed", self.seed, 0)
+        if self.search_seed is not None:
+            check_at_least("search_seed", self.search_seed, 0)
+        if self.num_threads is not None:
+            check_at_least("num_threads", self.num_threads, 1)
+        for row in self.classification.further:
+            self.winograd.varied(row)
+        self._check_searched_tiles()
+        if self.cost.scale == "release" and self.winograd.tile != 0:
+            raise UserError(f"winograd.tile must be 0 under cost.scale=release, found {self.winograd.tile}")
+
+    def _check_searched_tiles(self) -> None:
+        """Where the tile is a gene, direct and Winograd layers have the same kind of quantizers."""
+        if not self.space.tiles:
+            return
+        for name, quantizer in (("weight", self.quant.weight), ("act", self.quant.act)):
+            if quantizer.granularity != Granularity.PER_GROUP.value:
+                raise UserError(
+                    "space.tiles needs the group-wise quantizers of Winograd layers in direct layers too: choose "
+                    f"quant=groupwise or experiment=joint_winograd, found quant.{name}.granularity "
+                    f"{quantizer.granularity}"
+                )
+        if self.winograd.tile != DIRECT_TILE:
+            raise UserError(
+                "winograd.tile must be 0 (winograd=none) where space.tiles lets every layer choose, "
+                f"found {self.winograd.tile}"
+            )
+
+
+def register_schema() -> None:
+    """Put the schema where the defaults list of ``conf/config.yaml`` finds it."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Composed config -> checked values: the one door through which a configuration enters.
+
+    Raises:
+        UserError: If a value is out of range or of the wrong type, or a key was added that nothing reads.
+    """
+    _refuse_added_keys(composed, "")
+    for place in ("weight", "act"):  # a quantizer does not know whose it is
+        try:
+            OmegaConf.to_object(composed.quant[place])
+        except UserError as error:
+            raise UserError(f"quant.{place}.{error}") from None
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config
+
+
+def _refuse_added_keys(node: DictConfig, prefix: str) -> None:
+    """``+key=value`` gets past Hydra's check of names; here it is caught wherever the schema names the keys."""
+    schema = OmegaConf.get_type(node)
+    if not is_dataclass(schema):
+        return
+    known = [entry.name for entry in fields(schema)]
+    for key in map(str, node):
+        if key not in known:
+            raise UserError(f"{prefix}{key}: no such key; known: {', '.join(known)}")
+        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            _refuse_added_keys(node[key], f"{prefix}{key}.")
