@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tmpq_exp.cost import CostModel, LinearShape
+from tmpq_exp.cost import ConvShape, CostModel, LinearShape
 from tmpq_exp.diffusion.schedule import TimestepRule, group_minima, timestep_groups
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.algorithm import Origin, Search
@@ -226,3 +226,44 @@ def test_bad_arguments_are_named(name: str, changes: dict[str, Any], message: st
 def test_bad_probability_of_nsga2_is_named() -> None:
     with pytest.raises(ValueError, match=r"mutation_prob must lie in \(0, 1\], found 0"):
         NSGA2Search(make_space(), COST, 10**9, mutation_prob=0)
+
+
+TILED = CostModel(
+    tuple(
+        ConvShape(f"conv_{i}", channels, channels, (3, 3), (1, 1), (1, 1), (1, 1), 1, 8, 8)
+        for i, channels in enumerate((1, 16, 32, 64))
+    )
+)
+
+
+def noise_of(candidate: Candidate) -> float:
+    """A stand-in for quality where a larger tile costs each layer bits of its own."""
+    (allocation,) = candidate.allocations
+    lost = {0: 0.0, 2: 0.5, 4: 1.5, 6: 4.0}
+    bits = np.array([allocation.weight_bits, allocation.act_bits]) - [[lost[tile] for tile in allocation.tiles]]
+    return float((4.0 ** (5 - bits) * [[1, 1, 8, 1]]).sum())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_search_moves_tiles_within_the_budget(name: str) -> None:
+    layers = ((8, 7, 6, 5),) * 4
+    space = SearchSpace((range(1),), layers, layers, ((0, 2, 4, 6),) * 4)
+    direct = space.uniform((0,), 6, 6)
+    search = ALGORITHMS[name](
+        space,
+        TILED,
+        TILED.bitops(direct),
+        population_size=12,
+        num_generations=5,
+        seed=1,
+        seed_candidates=(direct,),
+    )
+    while not search.finished:
+        candidates = search.ask()
+        assert all(space.contains(c) and TILED.bitops(c) <= TILED.bitops(direct) for c in candidates)
+        search.tell({candidate.key(): noise_of(candidate) for candidate in candidates})
+    asked = [scored.candidate.allocations[0].tiles for scored in search.history]
+    assert {tile for tiles in asked for tile in tiles} >= {0, 2, 4}
+    assert search.best is not None
+    assert search.best.score < noise_of(direct)
+    assert any(search.best.candidate.allocations[0].tiles)
