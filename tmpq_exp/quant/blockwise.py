@@ -91,7 +91,7 @@ class BlockwiseReconstruction:
         """Learn the parameters of a unit in one pass; they are kept where they lower its error.
 
         A unit that sees the timestep alone, as those of a time embedding, stays as it is: it would learn the few
-        calibrated timesteps by heart (W6A6 on the embedded model, PSNR to float: 30.2 dB, 31.5 dB without them learned).
+        calibrated timesteps by heart.
 
         Returns:
             A record for every bit width of the pass.
