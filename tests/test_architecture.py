@@ -18,11 +18,11 @@ ORDER = (
     "files",
     "seeding",
     "progress",
-    # (1) configuration, exact algebra, timestep sequences, pure functions
-    "config",
-    "overrides",
+    # (1) what a candidate is, configuration, exact algebra, timestep sequences, pure functions
     "quant",
     "quant.allocation",
+    "config",
+    "overrides",
     "quant.primitives",
     "winograd",
     "winograd.transform",
@@ -34,6 +34,8 @@ ORDER = (
     "quant.layers",
     "diffusion.sampler",
     "cost",
+    "release_scale",
+    "attention",
     "trace",
     # (3) float tasks, data, metrics, the supernet and what is fitted to it
     "data",
@@ -41,7 +43,11 @@ ORDER = (
     "zoo.weights",
     "zoo.training",
     "zoo.task",
+    "zoo.embedded",
     "zoo.digits",
+    "zoo.cifar",
+    "zoo.compvis",
+    "zoo.architecture",
     "metrics",
     "metrics.fidelity",
     "metrics.frechet",
@@ -58,9 +64,16 @@ ORDER = (
     # (4) run directory, search, recipe, tracking, report
     "rundir",
     "search",
+    "search.steps",
     "search.space",
+    "search.evidence",
+    "search.budget",
     "search.trials",
+    "search.algorithm",
+    "search.random",
     "search.evolution",
+    "search.greedy",
+    "search.nsga2",
     "search.objective",
     "search.module",
     "recipe",
@@ -73,9 +86,12 @@ ORDER = (
     "report",
     # (5) the line, and its parts
     "experiment",
+    "calibrating",
     "stages",
+    "weighing",
     "results",
     "train",
+    "pricing",
     "states",
     "pipeline",
     # (6) the doors: the package's public names, and the command line
@@ -161,6 +177,17 @@ register_schema()
 with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
     to_config(compose("config", ["paths.run_dir=x"]))
 heavy = {"torch", "lightning", "diffusers", "transformers", "wandb", "matplotlib", "sklearn"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_costs_are_counted_without_lightning_and_diffusers() -> None:
+    script = """
+import sys
+import tmpq_exp.pricing, tmpq_exp.zoo.architecture, tmpq_exp.zoo.compvis
+heavy = {"lightning", "diffusers", "transformers", "wandb", "matplotlib", "sklearn"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

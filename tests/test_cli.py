@@ -187,6 +187,14 @@ class TestRefusedOnceTheModelIsKnown:
     def test_a_key_its_target_does_not_take(self, job: Job, capsys: Any) -> None:
         assert "foo" in job.refused(capsys, "+model.foo=1")
 
+    def test_a_model_that_is_there_for_another_task(self, job: Job, capsys: Any) -> None:
+        message = job.refused(capsys, "model=sd14")
+        assert message == "model: sd14 is an architecture without weights; it is there for task=cost only"
+        message = job.refused(capsys, "model=digits_classifier", run_dir=job.directory / "other")
+        assert message == "model: digits_classifier makes no images and can only be trained (task=train)"
+        message = job.refused(capsys, "task=train", "model=sd14", run_dir=job.directory / "third")
+        assert message == "model: sd14 has no training recipe here"
+
     def test_foreign_run_directory(self, job: Job, capsys: Any, tmp_path: Path) -> None:
         directory = tmp_path / "holiday"
         directory.mkdir()

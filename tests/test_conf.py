@@ -159,10 +159,18 @@ BAD_VALUES = [
     ("calibration.act_learning_rate", "-0.1", "above 0"),
     ("calibration.max_cache_bytes", "-1", "at least 0"),
     ("space.num_inference_steps", "0", "at least 1"),
-    ("space.groups", "cubic", "quadratic or uniform"),
+    ("space.groups", "cubic", "quadratic, uniform or free"),
+    ("space.min_steps", "0", "at least 1"),
+    ("space.max_steps", "9", "at least 10"),
+    ("space.min_steps_per_group", "-1", "at least 0"),
+    ("space.max_steps_per_group", "0", "at least 1"),
+    ("space.bits_per_step", "none", "shared or per_step"),
     ("budget.weight_bits", "1", "2..16"),
     ("budget.act_bits", "17", "2..16"),
     ("budget.bitops", "0", "at least 1"),
+    ("cost.weight_bits", "1", "2..16 or 32 (float)"),
+    ("cost.act_bits", "31", "2..16 or 32 (float)"),
+    ("cost.scale", "paper", "exact or release"),
     ("objective.num_images", "1", "at least 2"),
     ("evaluation.num_images", "1", "at least 2"),
     ("evaluation.num_finalists", "0", "at least 1"),
@@ -209,15 +217,30 @@ def test_a_wrong_type_is_refused(override: str) -> None:
         checked(override)
 
 
-def test_smoke_leaves_random_search_random() -> None:
-    search = checked("tier=smoke", "ablation=random_search").search
-    assert search["num_mutants"] == search["num_crossovers"] == 0
+@pytest.mark.parametrize("search", ["random", "greedy", "nsga2"])
+def test_searches_are_compared_at_equal_evaluations(search: str) -> None:
+    one, other = checked(f"search={search}").search, checked().search
+    counts = [settings["population_size"] * settings["num_generations"] for settings in (one, other)]
+    assert counts[0] == counts[1]
+
+
+def test_fewer_groups_than_steps_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(UserError, match=r"must meet 0\.\.4, .*found 5\.\.20"):
+        checked("space=joint_k", "space.num_inference_steps=2")
+    with pytest.raises(UserError, match=r"must meet 10\.\.10, .*found 5\.\.5"):
+        checked("space.min_steps=5", "space.max_steps=5")
+    assert checked("space.groups=free", "space.min_steps=5", "space.max_steps=30").space.max_steps == 30
 
 
 @pytest.mark.parametrize("key", ["foo", "quant.foo", "winograd.learning.foo"])
 def test_an_added_key_that_nothing_reads_is_refused(key: str) -> None:
     with pytest.raises(UserError, match=f"{key}: no such key"):
         checked(f"+{key}=1")
+
+
+def test_the_releases_scale_knows_no_tiles() -> None:
+    with pytest.raises(UserError, match=r"winograd\.tile must be 0 under cost\.scale=release, found 4"):
+        checked("cost.scale=release", "winograd=f4")
 
 
 def test_a_budget_of_its_own_needs_its_number() -> None:

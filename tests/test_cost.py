@@ -159,6 +159,12 @@ def test_counts_are_exact_integers_beyond_floats() -> None:
     assert CostModel((layer,)).layer_bitops(0, 7, 5, DIRECT_TILE) == (10**9 + 7) * (10**9 + 9) * 105
 
 
+def test_uniform_bits_leave_the_softmax_its_own_unless_weights_are_float() -> None:
+    cost = CostModel(LAYERS)
+    assert cost.uniform(6, 5, softmax_bits=8) == Allocation((6, 6, 8), (5, 5, 5), (DIRECT_TILE,) * 3)
+    assert cost.uniform(FLOAT_BITS, FLOAT_BITS, softmax_bits=8).weight_bits == (FLOAT_BITS,) * 3
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="layers must not be empty"):
         CostModel(())

@@ -202,9 +202,9 @@ def test_search_selection_and_final_images_have_seeds_and_fingerprints_of_their_
         seeds.setdefault(phase, set()).add(trial["seed"])
         fingerprints.setdefault(phase, set()).add(trial["fingerprint"])
     for by_phase in (seeds, fingerprints):
-        assert set(by_phase) == {"search", "selection", "final"}
+        assert set(by_phase) == {"search", "selection", "noise", "final"}
         assert all(len(values) == 1 for values in by_phase.values())
-        assert len(set.union(*by_phase.values())) == 3  # type: ignore[arg-type]
+        assert len(set.union(*by_phase.values())) == 4  # type: ignore[arg-type]
     assert report["fingerprint"] == {
         "search": fingerprints["search"].pop(),
         "final": fingerprints["final"].pop(),
@@ -236,8 +236,8 @@ def test_the_winner_is_the_better_finalist(report: dict[str, Any], trials: list[
     score: Callable[[Mapping[str, Any]], float] = lambda trial: trial["metrics"]["fd_digits"]  # noqa: E731
     searched = sorted((t for t in trials if t["phase"] == "search"), key=score)
     selected = [t for t in trials if t["phase"] == "selection"]
-    assert [t["key"] for t in selected] == [t["key"] for t in searched[:2]]
-    assert Candidate.from_json(report["best"]["candidate"]).key() == min(selected, key=score)["key"]
+    assert [t["key"] for t in selected] == [t["key"] for t in (*searched[:2], searched[-1])]  # two, and the worst
+    assert Candidate.from_json(report["best"]["candidate"]).key() == min(selected[:2], key=score)["key"]
 
 
 def test_the_front_has_no_beaten_member(report: dict[str, Any], trials: list[dict[str, Any]]) -> None:
@@ -266,12 +266,83 @@ def test_winograd_is_judged_for_every_tile(report: dict[str, Any]) -> None:
 
 
 def test_stages_and_environment_are_recorded(report: dict[str, Any], smoke: Path) -> None:
-    assert set(report["stages"]) == {"calibrate", "winograd f2", "winograd f4", "search", "select", "evaluate"}
+    assert set(report["stages"]) == {"calibrate", "winograd f2", "winograd f4", "search", "select", "weigh", "evaluate"}
     assert all(seconds >= 0 for seconds in report["stages"].values())
     (only,) = json.loads((smoke / "environment.json").read_text())["starts"]
     assert only == report["environment"]
     assert only["num_threads"] == 1
     assert "torch" in only["packages"]
+
+
+def test_evidence_agrees_with_the_trials(report: dict[str, Any], trials: list[dict[str, Any]]) -> None:
+    evidence, searched = report["evidence"], [t for t in trials if t["phase"] == "search"]
+    scores = [trial["metrics"]["fd_digits"] for trial in searched]
+    assert evidence["progress"]["search"] == [min(scores[: i + 1]) for i in range(len(scores))]
+    assert evidence["progress"]["random"] == []
+    noise, best = evidence["score_noise"], Candidate.from_json(report["best"]["candidate"]).key()
+    own = next(trial for trial in searched if trial["key"] == best)
+    (other,) = [trial for trial in trials if trial["phase"] == "noise"]
+    assert other["key"] == best
+    assert noise["scores"] == [own["metrics"]["fd_digits"], other["metrics"]["fd_digits"]]
+    low, high = noise["over_images"]["interval"]
+    assert low < noise["scores"][0] < high
+    correlations = {row["between"]: row for row in evidence["rank_correlation"]}
+    assert {row["num_candidates"] for name, row in correlations.items() if "same images" in name} == {len(searched)}
+    assert all(-1 <= row["tau"] <= 1 for row in correlations.values())
+    for entry in (*report["baselines"], report["best"]):
+        low, high = entry["intervals"]["fd_digits"]
+        assert low < entry["metrics"]["fd_digits"] < high
+
+
+def test_another_budget_and_a_random_search_reuse_what_was_measured(
+    smoke: Path, report: dict[str, Any], tmp_path: Path
+) -> None:
+    run_here(tmp_path / "run", "budget=w8a8", "evaluation.random_control=true", f"reuse=[{smoke}]")
+    again = json.loads((tmp_path / "run" / "report.json").read_text())
+    trials = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").read_bytes().splitlines()]
+    for before, now in zip(report["baselines"], again["baselines"], strict=True):
+        assert before == now
+    assert {t["source"] for t in trials if t["phase"] == "final" and t["name"] != "best"} == {str(smoke)}
+    random = [trial for trial in trials if trial["phase"] == "random"]
+    assert 0 < len(random) <= again["search"]["num_evaluations"]
+    assert all(trial["bitops"] <= again["budget"]["bitops"] for trial in random)
+    assert len(again["evidence"]["progress"]["random"]) >= len(random)
+    assert again["best"]["bitops"] > report["budget"]["bitops"]
+
+
+def test_a_winner_calibrated_for_its_own_bits(tmp_path: Path) -> None:
+    learned = ("calibration=sampled", "calibration.weight_iterations=4", "calibration.act_iterations=2")
+    again = ("evaluation.recalibrate=true", "evaluation.recalibrated_candidates=2", "search.num_generations=1")
+    run_here(tmp_path / "run", *learned, *again, f"paths.cache_dir={tmp_path / 'cache'}")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    trials = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").read_bytes().splitlines()]
+    best, recalibration = report["best"], report["best"]["recalibration"]
+    scores = recalibration["selection"]
+    assert recalibration["shipped"] == min(scores, key=lambda name: scores[name])
+    measured = {"supernet": best["metrics_supernet"], "recalibrated": recalibration["metrics_recalibrated"]}
+    assert best["metrics"] == measured[recalibration["shipped"]]
+    assert measured["supernet"] != measured["recalibrated"]
+    (supernet,) = {trial["state"] for trial in trials if trial["phase"] == "search"}
+    own = {(trial["key"], trial["state"]) for trial in trials if trial["state"] != supernet}
+    assert len(own) == len(dict(own)) in (2, 3)  # each candidate by its own network; the winner may be one of the two
+    correlation = report["evidence"]["rank_correlation"][1]
+    assert "subnets calibrated for their own bits" in correlation["between"]
+    assert correlation["num_candidates"] == 2
+    model = apply_recipe(tmp_path / "run" / "recipe.json")
+    assert model.sample(4, best["seed"]).isfinite().all()
+
+
+def test_calibrating_again_needs_a_calibration_that_learns(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.recalibrate: calibration=ranges finds the same ranges again"):
+        run_here(tmp_path / "run", "calibration=ranges", "evaluation.recalibrate=true")
+
+
+def test_a_search_seed_of_its_own_changes_the_search_alone(smoke: Path, report: dict[str, Any], tmp_path: Path) -> None:
+    run_here(tmp_path / "run", "search_seed=7", f"reuse=[{smoke}]", "search.num_generations=1")
+    again = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert again["fingerprint"]["final"] == report["fingerprint"]["final"]
+    assert again["fingerprint"]["search"] != report["fingerprint"]["search"]
+    assert again["baselines"] == report["baselines"]
 
 
 def test_the_page_needs_nothing_from_elsewhere(smoke: Path) -> None:

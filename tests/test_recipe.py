@@ -13,11 +13,11 @@ import torch
 
 from tmpq_exp import apply_recipe
 from tmpq_exp.config import CalibrationConfig, Granularity, QuantConfig, QuantizerConfig
-from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
+from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 from tmpq_exp.quant.calibration import CalibrationModule
 from tmpq_exp.quant.states import trajectory_states
-from tmpq_exp.quant.supernet import SupernetModule, is_eligible
+from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.recipe import task_layers, write_recipe
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import closed_form_scales

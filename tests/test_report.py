@@ -70,7 +70,7 @@ def entry(
         "bits": {"weight_bits_mean": bits, "act_bits_mean": bits, "label": label},
         "bitops": round(BUDGET / 36 * bits * bits * len(steps) / 10), "macs": BUDGET // 36,
         "weight_bytes": round(150_000 * bits), "metrics": {"fd_digits": quality, "psnr_db": psnr}, "num_images": 512,
-        "seed": 7,
+        "intervals": {"fd_digits": [quality - 0.375, quality + 0.375]}, "seed": 7,
     }  # fmt: skip
 
 
@@ -105,7 +105,8 @@ def make_report(num_allocations: int = 1) -> dict[str, Any]:
     chosen = min(trials, key=lambda record: record["metrics"]["fd_digits"])
     shipped = candidate(chosen["index"], num_allocations)
     best = entry("best", 5.7, 17.62, 21.4, shipped.timesteps) | {
-        "metrics_supernet": {"fd_digits": 17.9}, "candidate": shipped.to_json(), "layers": LAYERS, "weighted": WEIGHTED,
+        "metrics_supernet": {"fd_digits": 17.9}, "recalibration": None,
+        "candidate": shipped.to_json(), "layers": LAYERS, "weighted": WEIGHTED,
     }  # fmt: skip
     reason = [
         {"name": "conv_in", "reason": "stride 2"},
@@ -129,6 +130,15 @@ def make_report(num_allocations: int = 1) -> dict[str, Any]:
         "winograd_choice": "none",
         "search": {"num_evaluations": 72, "stop_reason": "the evaluation budget is spent", "seconds": 131.4,
                    "num_images": 128, "seed": 1, "statistics": {}},
+        "evidence": {
+            "seeds": {"search": 1, "selection": 2, "final": 3},
+            "score_noise": {"num_images": 128, "seeds": [1, 7, 8], "scores": [17.0, 18.25, 18.75],
+                            "over_images": {"interval": [16.5, 17.75], "num_resamples": 100},
+                            "over_seeds": {"mean": 18.5, "std": 0.35, "interval": [15.3, 21.7], "num_values": 2}},
+            "rank_correlation": [{"between": "psnr_db and search score, same images", "tau": 0.62,
+                                  "p_value": 0.0004, "num_candidates": 72}],
+            "progress": {"search": [21.0, 17.0], "random": [None, 22.5, 19.125]},
+        },
         "search_baselines": [],
         "stages": {"load": 1.2, "calibrate": 6.8, "winograd": 9.1, "search": 131.4, "evaluate": 22.0},
         "warnings": ["Differences of fd_digits below about 0.5 are within the noise of 512 images."],
@@ -382,6 +392,31 @@ def test_page_says_what_was_found_and_how_honest_it_is(tmp_path: Path) -> None:
         "Short last groups", "the evaluation budget is spent", "mid_block.attentions.0.products",
     ):  # fmt: skip
         assert words in page.text, words
+
+
+def test_page_shows_intervals_noise_and_the_random_search(tmp_path: Path) -> None:
+    _, page = render(tmp_path, make_report())
+    for said in (
+        "17.25 to 18.00",  # the best found over images of the final seed
+        "There the best found scored 17.00 (95 % over images: 16.50 to 17.75)",
+        "on other seeds it scores 18.25, 18.75 (mean 18.50, 95 % 15.30 to 21.70)",
+        "3 random candidates under the same budget, scored alike: best 19.12; the search's best: 17.00",
+        "psnr_db and search score, same images 0.62 0.0004 72",
+        "Seeds: search 1, selection 2, final 3",
+    ):
+        assert said in page.text, said
+    assert "Calibrated again" not in page.text
+    report = make_report()
+    report["best"]["recalibration"] = {
+        "shipped": "recalibrated", "selection": {"supernet": 18.5, "recalibrated": 18.25},
+        "metrics_recalibrated": {"fd_digits": 17.625},
+    }  # fmt: skip
+    said = "measures 17.62 on the final seeds, inside the supernet 17.90. Shipped: recalibrated"
+    assert said in render(tmp_path, report)[1].text
+    report = make_report()
+    report["evidence"]["score_noise"] |= {"scores": [17.0], "over_seeds": {"mean": None, "interval": None}}
+    report["evidence"]["progress"]["random"] = []
+    assert "Against chance" not in render(tmp_path, report)[1].text
 
 
 def test_page_admits_a_worse_result_and_an_undefined_one(tmp_path: Path) -> None:

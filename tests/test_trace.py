@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tmpq_exp.attention import AttentionProducts
 from tmpq_exp.cost import AttentionShape, ConvShape, LinearShape
 from tmpq_exp.trace import trace_layers
 
@@ -97,6 +98,16 @@ def test_cross_attention_has_its_own_number_of_keys() -> None:
     assert [layer.name for layer in layers] == ["to_q", "to_k", "to_v", "to_out.0", "products"]
     assert layers[-1] == AttentionShape("products", heads=4, queries=9, keys=5, head_dim=8)
     assert layers == trace_layers(attention, lambda model: model(states, context))
+
+
+def test_products_that_are_a_module_are_counted_from_their_operands() -> None:
+    q, k, v = torch.zeros(1, 4, 9, 8), torch.zeros(1, 4, 5, 8), torch.zeros(1, 4, 5, 3)
+    model = nn.Sequential(nn.Identity(), AttentionProducts())
+    expected = AttentionShape("1", heads=4, queries=9, keys=5, head_dim=8, value_dim=3)
+    assert trace_layers(model, lambda m: m[1](q, k, v)) == (expected,)  # type: ignore[index]
+    assert trace_layers(model, lambda m: m[1](q, k=k, v=v)) == (expected,)  # type: ignore[index]
+    with pytest.raises(ValueError, match="must run batch 1, found queries"):
+        trace_layers(model, lambda m: m[1](*(t.expand(2, -1, -1, -1) for t in (q, k, v))))  # type: ignore[index]
 
 
 def test_attention_over_pixels_counts_every_pixel() -> None:

@@ -36,9 +36,6 @@ def run_job(composed: DictConfig) -> None:
     resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     import torch  # after the checks, so that a typo fails at once
 
-    from tmpq_exp.progress import quiet_lightning
-
-    quiet_lightning()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     instantiate(config.task)(config, resolved)

@@ -9,6 +9,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from tmpq_exp.quant.allocation import FLOAT_BITS
+
 MIN_BITS, MAX_BITS = 2, 16
 
 
@@ -21,9 +23,10 @@ def _check_at_least(name: str, value: float, low: float) -> None:
         raise UserError(f"{name} must be at least {low}, found {value}")
 
 
-def _check_bits(name: str, bits: int) -> None:
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise UserError(f"{name} must be in {MIN_BITS}..{MAX_BITS}, found {bits}")
+def _check_bits(name: str, bits: int, *, or_float: bool = False) -> None:
+    if not MIN_BITS <= bits <= MAX_BITS and not (or_float and bits == FLOAT_BITS):
+        accepted = f"{MIN_BITS}..{MAX_BITS}" + (f" or {FLOAT_BITS} (float)" if or_float else "")
+        raise UserError(f"{name} must be in {accepted}, found {bits}")
 
 
 def _check_bit_choices(name: str, choices: list[int]) -> None:
@@ -217,25 +220,52 @@ class SpaceConfig:
     """What a candidate may choose.
 
     Args:
-        num_inference_steps: Kept timesteps K, from 1 to the schedule's length.
-        groups: Rule that cuts the schedule into K groups: ``quadratic`` or ``uniform``.
-        search_timesteps: Whether the kept timestep of a group is free; if not it is the group's smallest.
+        num_inference_steps: K, from 1 to the schedule's length: the number of groups, the steps of baselines and of
+            the budget, and of every candidate unless ``min_steps`` or ``max_steps`` say otherwise.
+        groups: Rule that cuts the schedule into K groups: ``quadratic`` or ``uniform``; ``free``: no groups, any
+            timesteps may be kept.
+        search_timesteps: Whether the kept timesteps of a group are free; if not it is the group's smallest.
+        min_steps, max_steps: Range of a candidate's kept timesteps; null: K.
+        min_steps_per_group, max_steps_per_group: Range of the kept timesteps of one group; no use if ``free``.
         weight_bits: Choices for every layer's weights; a single one fixes them.
         act_bits: Choices for every layer's activations.
+        bits_per_step: ``shared``: all steps have the same bits; ``per_step``: each has its own.
     """
 
     num_inference_steps: int = 10
     groups: str = "quadratic"
     search_timesteps: bool = True
+    min_steps: int | None = None
+    max_steps: int | None = None
+    min_steps_per_group: int = 1
+    max_steps_per_group: int = 1
     weight_bits: list[int] = field(default_factory=lambda: [8, 7, 6, 5])
     act_bits: list[int] = field(default_factory=lambda: [8, 7, 6, 5])
+    bits_per_step: str = "shared"
 
     def __post_init__(self) -> None:
         _check_at_least("space.num_inference_steps", self.num_inference_steps, 1)
-        if self.groups not in ("quadratic", "uniform"):
-            raise UserError(f"space.groups must be quadratic or uniform, found {self.groups!r}")
+        if self.groups not in ("quadratic", "uniform", "free"):
+            raise UserError(f"space.groups must be quadratic, uniform or free, found {self.groups!r}")
+        self._check_number_of_steps()
         _check_bit_choices("space.weight_bits", self.weight_bits)
         _check_bit_choices("space.act_bits", self.act_bits)
+        if self.bits_per_step not in ("shared", "per_step"):
+            raise UserError(f"space.bits_per_step must be shared or per_step, found {self.bits_per_step!r}")
+
+    def _check_number_of_steps(self) -> None:
+        k = self.num_inference_steps
+        fewest, most = (k if bound is None else bound for bound in (self.min_steps, self.max_steps))
+        _check_at_least("space.min_steps", fewest, 1)
+        _check_at_least("space.max_steps", most, fewest)
+        _check_at_least("space.min_steps_per_group", self.min_steps_per_group, 0)
+        _check_at_least("space.max_steps_per_group", self.max_steps_per_group, max(1, self.min_steps_per_group))
+        low, high = k * self.min_steps_per_group, k * self.max_steps_per_group
+        if self.groups != "free" and (most < low or fewest > high):
+            raise UserError(
+                f"space.min_steps..max_steps must meet {low}..{high}, what {k} groups (space.num_inference_steps) of "
+                f"{self.min_steps_per_group} to {self.max_steps_per_group} steps keep, found {fewest}..{most}"
+            )
 
 
 @dataclass
@@ -259,17 +289,53 @@ class BudgetConfig:
 
 
 @dataclass
+class CostConfig:
+    """What ``task=cost`` counts; ``quant.softmax_bits``, ``winograd.tile`` and ``space.num_inference_steps`` count too.
+
+    Args:
+        weight_bits, act_bits: Uniform bits of all layers; 32 is float.
+        scale: ``exact``; or ``release``, which adds what the TMPQ-DM authors' code counts.
+    """
+
+    weight_bits: int = 6
+    act_bits: int = 6
+    scale: str = "exact"
+
+    def __post_init__(self) -> None:
+        _check_bits("cost.weight_bits", self.weight_bits, or_float=True)
+        _check_bits("cost.act_bits", self.act_bits, or_float=True)
+        if self.scale not in ("exact", "release"):
+            raise UserError(f"cost.scale must be exact or release, found {self.scale!r}")
+
+
+@dataclass
 class ObjectiveConfig:
     """How the search scores a candidate.
 
     Args:
         num_images: Images a candidate, the same seeds for all, at least 2.
+        proxy: Cheap look at every candidate that decides whose quality is measured: ``feature_mse`` or ``psnr_db``
+            against the float reference at the same seeds, or null for none.
+        proxy_images: Images of the cheap look, the first of the others; from 1 to ``num_images``.
+        promote_fraction: Share of a generation that is scored after it, in (0, 1].
     """
 
     num_images: int = 128
+    proxy: str | None = None
+    proxy_images: int = 16
+    promote_fraction: float = 0.5
 
     def __post_init__(self) -> None:
         _check_at_least("objective.num_images", self.num_images, 2)
+        if self.proxy not in (None, "feature_mse", "psnr_db"):
+            raise UserError(f"objective.proxy must be feature_mse, psnr_db or null, found {self.proxy!r}")
+        if not 1 <= self.proxy_images <= self.num_images:
+            raise UserError(
+                f"objective.proxy_images must be in 1..{self.num_images} (objective.num_images), "
+                f"found {self.proxy_images}"
+            )
+        if not 0 < self.promote_fraction <= 1:
+            raise UserError(f"objective.promote_fraction must be in (0, 1], found {self.promote_fraction}")
 
 
 @dataclass
@@ -281,21 +347,56 @@ class EvaluationConfig:
         num_images: Images for the baselines and the winner, at least 2.
         num_finalists: Best candidates of the search that are scored again on a third set of seeds to choose the
             winner.
+        selection_images: Images for that, at least 2; null: as many as ``num_images``.
+        baseline_bits: Uniform bit widths to compare with; 8 and 6 are always among them.
+        baseline_spacings: Schedules of those, ``quadratic`` always among them, beside ``leading`` and ``trailing``.
         reference_steps: Steps of the float reference.
         micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads.
+        bootstrap: Resamples behind the intervals over images, 0 for none.
+        noise_seeds: Further seeds on which the winner is scored as the search did, to show the noise of its score.
+        ranked_candidates: Candidates from best to worst that are scored once more on ``num_images``, to show how far
+            the search's ranking holds.
+        random_control: Score as many random candidates as the search did, under the same budget.
+        recalibrated_candidates: Candidates from best to worst that are calibrated for their own bits and scored once
+            more, to show how far the supernet's ranking is theirs.
+        recalibrate: Calibrate the winner for its own bits, and ship that where it is better on the selection's images.
     """
 
     metric: Any = MISSING
     num_images: int = 512
     num_finalists: int = 4
+    selection_images: int | None = None
+    baseline_bits: list[int] = field(default_factory=lambda: [8, 6])
+    baseline_spacings: list[str] = field(default_factory=lambda: ["quadratic"])
     reference_steps: int = 50
     micro_batch: int = 64
+    bootstrap: int = 100
+    noise_seeds: int = 3
+    ranked_candidates: int = 6
+    random_control: bool = True
+    recalibrated_candidates: int = 0
+    recalibrate: bool = False
 
     def __post_init__(self) -> None:
         _check_at_least("evaluation.num_images", self.num_images, 2)
         _check_at_least("evaluation.num_finalists", self.num_finalists, 1)
         _check_at_least("evaluation.reference_steps", self.reference_steps, 1)
         _check_at_least("evaluation.micro_batch", self.micro_batch, 1)
+        if self.selection_images is not None:
+            _check_at_least("evaluation.selection_images", self.selection_images, 2)
+        _check_bit_choices("evaluation.baseline_bits", self.baseline_bits)
+        if not {8, 6} <= set(self.baseline_bits):
+            raise UserError(f"evaluation.baseline_bits must hold 8 and 6, found {self.baseline_bits}")
+        spacings = ("quadratic", "leading", "trailing")
+        if "quadratic" not in self.baseline_spacings or not set(self.baseline_spacings) <= set(spacings):
+            raise UserError(
+                "evaluation.baseline_spacings must hold quadratic, and leading or trailing beside it, "
+                f"found {self.baseline_spacings}"
+            )
+        for name in ("bootstrap", "noise_seeds", "ranked_candidates", "recalibrated_candidates"):
+            _check_at_least(f"evaluation.{name}", getattr(self, name), 0)
+        if self.bootstrap == 1:
+            raise UserError("evaluation.bootstrap must be 0 or at least 2, found 1")
 
 
 @dataclass
@@ -343,14 +444,18 @@ class Config:
     """Everything a job is told; the groups of ``conf/`` fill it.
 
     Args:
-        task: What to do, a partial ``_target_``: ``run``, ``train`` or ``states``.
+        task: What to do, a partial ``_target_``: ``run``, ``train``, ``states`` or ``cost``.
         tier: ``full`` or ``smoke``; only its name is kept.
         executor: Who scores candidates: ``local``.
         model: The float model, a ``_target_``.
         data: Images for training, a ``_target_``.
         search: The search algorithm, a partial ``_target_``.
         trainer: The Lightning Trainer, a partial ``_target_``.
+        reuse: Run directories whose evaluations are taken over where protocol and quantizers are the same, as they
+            are when only the budget or the search differ.
         seed: Seed of every random stream, at least 0.
+        search_seed: Seed of what the search draws and of the images it scores; null: as ``seed``. Runs that differ in
+            it alone share calibration, selection and final images.
         num_threads: CPU threads of torch; null leaves torch's choice.
     """
 
@@ -364,19 +469,32 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     space: SpaceConfig = field(default_factory=SpaceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     search: Any = MISSING
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: Any = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    reuse: list[str] = field(default_factory=list)
     seed: int = 0
+    search_seed: int | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
+        again = self.evaluation.recalibrate or self.evaluation.recalibrated_candidates
+        if again and self.calibration.method == "ranges":
+            raise UserError(
+                "evaluation.recalibrate: calibration=ranges finds the same ranges again; choose calibration=sampled "
+                "or calibration=uniform_prefix"
+            )
         _check_at_least("seed", self.seed, 0)
+        if self.search_seed is not None:
+            _check_at_least("search_seed", self.search_seed, 0)
         if self.num_threads is not None:
             _check_at_least("num_threads", self.num_threads, 1)
+        if self.cost.scale == "release" and self.winograd.tile != 0:
+            raise UserError(f"winograd.tile must be 0 under cost.scale=release, found {self.winograd.tile}")
 
 
 def register_schema() -> None:

@@ -121,6 +121,11 @@ class ConvShape:
         return _bytes(self.tile_size(tile) ** 2 * self.in_channels * self.out_channels, weight_bits)
 
 
+def is_eligible(shape: ConvShape) -> bool:
+    """Whether a convolution can be computed with F(m, 3)."""
+    return ineligible_reason(shape.kernel_size, shape.stride, shape.dilation, shape.groups) is None
+
+
 class _DirectOnly(ABC):
     """Costs of a layer that knows no tiles."""
 
@@ -280,6 +285,12 @@ class CostModel:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def uniform(self, weight_bits: int, act_bits: int, softmax_bits: int) -> Allocation:
+        """Direct layers with the same bits everywhere; the softmax has its own, unless the weights are float."""
+        softmax = FLOAT_BITS if weight_bits == FLOAT_BITS else softmax_bits
+        weights = (softmax if isinstance(shape, AttentionShape) else weight_bits for shape in self.layers)
+        return Allocation(tuple(weights), (act_bits,) * len(self.layers), (DIRECT_TILE,) * len(self.layers))
 
     def layer_bitops(self, layer_index: int, weight_bits: int, act_bits: int, tile: int) -> int:
         """BitOPs of one layer, one image, one U-Net call."""

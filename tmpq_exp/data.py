@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torchvision.datasets import ImageFolder
 
 DIGITS_SIZE = 16
 """Side of the resized digits in pixels."""
+
+EVALUATION_BATCH = 500
+"""Images a batch where nothing is learned."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -37,8 +45,45 @@ def uci_digits() -> tuple[Tensor, Tensor]:
     return to_uint8(resized), torch.from_numpy(digits.target).long()
 
 
+class LabelledImages(NamedTuple):
+    """Images in memory: uint8 ``(N, C, H, W)`` and int64 labels ``(N,)``."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> DataLoader[tuple[Tensor, ...]]:
+        """Images in [0, 1] with their labels.
+
+        Args:
+            batch_size: Images a batch.
+            generator: Draws the order, and the last, smaller batch is dropped; None: in order, all of them.
+        """
+        dataset = _Float(self)
+        order = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
+        batches = BatchSampler(order, batch_size, drop_last=generator is not None)
+        return DataLoader(dataset, sampler=batches, batch_size=None)  # one indexing a batch, not one an image
+
+
+class _Float(Dataset[tuple[Tensor, ...]]):
+    """Batches of images as floats, by lists of indices."""
+
+    def __init__(self, images: LabelledImages) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images.labels)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return self._images.pixels[indices].float() / 255, self._images.labels[indices]
+
+
 class ImageData(L.LightningDataModule):
-    """Images in [0, 1] with labels, in memory.
+    """Images for training, with others held out, and those that references are measured on.
+
+    Args:
+        batch_size: Images a training batch, from 1 to the number of training images.
+        seed: Order of the training images.
+        train, holdout, reference: The images.
 
     Class attributes:
         description: What the images are, from where, under which licence; for model cards.
@@ -46,53 +91,107 @@ class ImageData(L.LightningDataModule):
 
     description: str
 
-    @abstractmethod
-    def val_dataloader(self) -> Iterable[tuple[Tensor, ...]]:
-        """Held-out images and their labels; nothing if none are held out."""
+    def __init__(
+        self, batch_size: int, seed: int, train: LabelledImages, holdout: LabelledImages, reference: LabelledImages
+    ) -> None:
+        super().__init__()
+        if not 1 <= batch_size <= len(train.labels):
+            raise ValueError(f"data.batch_size must be in 1..{len(train.labels)} (training images), found {batch_size}")
+        self.batch_size, self.seed = batch_size, seed
+        self.train_set, self.holdout_set, self.reference_set = train, holdout, reference
 
-    @abstractmethod
-    def everything(self) -> tuple[Tensor, Tensor]:
-        """All images ``(N, C, H, W)`` in [0, 1] and their labels ``(N,)``, held-out ones included."""
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Shuffled batches; the last, smaller one is dropped."""
+        return self.train_set.batches(self.batch_size, torch.Generator().manual_seed(self.seed))
+
+    def val_dataloader(self) -> Iterable[tuple[Tensor, ...]]:
+        """The held-out images in order; nothing without any."""
+        return self.holdout_set.batches(EVALUATION_BATCH) if len(self.holdout_set.labels) else []
+
+    def reference_dataloader(self) -> Iterable[tuple[Tensor, ...]]:
+        """The images behind reference statistics, in order."""
+        return self.reference_set.batches(EVALUATION_BATCH)
 
 
 class DigitsData(ImageData):
-    """UCI digits as float images in [0, 1].
+    """UCI digits; the reference is all of them.
 
     Args:
-        batch_size: Images a batch, at least 1.
+        batch_size, seed: See ``ImageData``.
         holdout_fraction: Share of images kept for validation, in [0, 1); evenly spread (at 1/n every n-th one), so
             that all classes are in. With 0 all images train and none validate.
-        seed: Order of the training images.
     """
 
     description = "UCI digits as shipped by scikit-learn (CC BY 4.0), 8x8 resized bilinearly to 16x16"
 
     def __init__(self, batch_size: int, holdout_fraction: float = 0.0, seed: int = 0) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size must be at least 1, found {batch_size}")
         if not 0 <= holdout_fraction < 1:
             raise ValueError(f"data.holdout_fraction must be in [0, 1), found {holdout_fraction}")
-        self.batch_size, self.seed = batch_size, seed
-        images, labels = self.everything()
+        images, labels = uci_digits()
         share = Fraction(holdout_fraction).limit_denominator(10**6)
         held = torch.tensor([i * share // 1 != (i - 1) * share // 1 for i in range(len(images))])
-        num_train = len(images) - int(held.sum())
-        if batch_size > num_train:
-            raise ValueError(f"data.batch_size must be in 1..{num_train} (training images), found {batch_size}")
-        self.train_set = TensorDataset(images[~held], labels[~held])
-        self.holdout_set = TensorDataset(images[held], labels[held])
+        train, holdout = (LabelledImages(images[mask], labels[mask]) for mask in (~held, held))
+        super().__init__(batch_size, seed, train, holdout, LabelledImages(images, labels))
 
-    def everything(self) -> tuple[Tensor, Tensor]:
-        """See ``ImageData.everything``."""
-        images, labels = uci_digits()
-        return images.float() / 255, labels
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Shuffled batches; the last, smaller one is dropped."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, generator=generator)
+class FolderData(ImageData):
+    """A data set of image folders ``<root>/train/<class>/*`` and ``<root>/test/<class>/*``, whole in memory.
 
-    def val_dataloader(self) -> Iterable[tuple[Tensor, ...]]:
-        """The held-out images in order; nothing without any."""
-        return DataLoader(self.holdout_set, 512) if len(self.holdout_set) else []
+    Images of ``test`` are held out; the reference is the training set.
+
+    Args:
+        batch_size, seed: See ``ImageData``.
+        root: The folder.
+        name: What to call the data set wherever a figure is reported.
+        size: Side of the images in pixels; images of another size are refused.
+        description: Source and licence, for model cards.
+
+    Raises:
+        ValueError: If a folder is missing or empty, an image has another size, or the two splits differ in classes.
+    """
+
+    def __init__(
+        self, batch_size: int, root: str | None, name: str, size: int, description: str, seed: int = 0
+    ) -> None:
+        if root is None:
+            raise ValueError(
+                "data.root must be given: a folder that holds train/<class>/ and test/<class>/ with images"
+            )
+        self.description = f"{name}: {description}"
+        (train, classes), (test, test_classes) = (read_folder(Path(root) / split, size) for split in ("train", "test"))
+        if classes != test_classes:
+            differing = sorted({*classes} ^ {*test_classes})
+            raise ValueError(f"data.root: {root}/train and {root}/test have different classes, first {differing[0]}")
+        super().__init__(batch_size, seed, train, test, train)
+
+
+def read_folder(folder: Path, size: int) -> tuple[LabelledImages, tuple[str, ...]]:
+    """RGB images of a folder with one subfolder a class, in sorted order.
+
+    Returns:
+        The images, and the names of the classes in the order of their labels.
+
+    Raises:
+        ValueError: If the folder is missing or holds no images, or an image cannot be read or has another size.
+    """
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise ValueError(f"data.root: {folder} must hold one subfolder of images a class ({error})") from None
+
+    def read(path: str) -> np.ndarray:
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"data.root: {path} cannot be read as an image ({error})") from error
+        if pixels.shape != (size, size, 3):
+            raise ValueError(
+                f"data.root: {path} must be {size}x{size} pixels, found {pixels.shape[1]}x{pixels.shape[0]}"
+            )
+        return pixels
+
+    with ThreadPoolExecutor() as pool:
+        images = np.stack(list(pool.map(read, (path for path, _ in found.samples), chunksize=256)))
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return LabelledImages(pixels, torch.tensor(found.targets)), tuple(found.classes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from hydra.utils import instantiate
 
 from tmpq_exp.config import Config, UserError
-from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape
+from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, is_eligible
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
     TimestepSpacing,
@@ -21,22 +23,19 @@ from tmpq_exp.diffusion.schedule import (
 )
 from tmpq_exp.metrics.frechet import FrechetMetric
 from tmpq_exp.progress import StageProgress
-from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
-from tmpq_exp.quant.supernet import SupernetModule, is_eligible
-from tmpq_exp.recipe import task_layers
+from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
+from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import RunDirectory, bad_input, digest
-from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective, Protocol
-from tmpq_exp.search.space import SearchSpace
+from tmpq_exp.search.random import RandomSearch
+from tmpq_exp.search.space import BitsPerStep, SearchSpace
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import WinogradScales
-from tmpq_exp.zoo.task import DiffusionModel, DiffusionTask
+from tmpq_exp.zoo.task import CostedModel, DiffusionModel, DiffusionTask, TrainableModel, task_layers
 from tmpq_exp.zoo.weights import content_hash
-
-BASELINE_BITS = (8, 6)
-"""Uniform bit widths that every report compares with."""
 
 
 @dataclass
@@ -87,42 +86,88 @@ class Experiment:
 
     def uniform(self, timesteps: tuple[int, ...], weight_bits: int, act_bits: int) -> Candidate:
         """Direct candidate with the same bits everywhere; the softmax keeps its own unless all is float."""
-        softmax = FLOAT_BITS if weight_bits == FLOAT_BITS else self.config.quant.softmax_bits
-        weights = (softmax if isinstance(shape, AttentionShape) else weight_bits for shape in self.layers)
-        num_layers = len(self.layers)
-        return Candidate(
-            timesteps, (Allocation(tuple(weights), (act_bits,) * num_layers, (DIRECT_TILE,) * num_layers),)
-        )
+        return Candidate(timesteps, (self.cost.uniform(weight_bits, act_bits, self.config.quant.softmax_bits),))
+
+    def schedule(self, num_steps: int, spacing: TimestepSpacing) -> tuple[int, ...]:
+        """Schedule of this length and spacing."""
+        return spaced_timesteps(self.task.num_train_timesteps, num_steps, spacing)
 
     def quadratic(self, num_steps: int) -> tuple[int, ...]:
         """Quadratic schedule of this length."""
-        return spaced_timesteps(self.task.num_train_timesteps, num_steps, TimestepSpacing.QUADRATIC)
+        return self.schedule(num_steps, TimestepSpacing.QUADRATIC)
+
+    @property
+    def selection_images(self) -> int:
+        """Images on which finalists are compared."""
+        config = self.config.evaluation
+        return config.num_images if config.selection_images is None else config.selection_images
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the time inside for a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.run.add_stage_seconds(name, time.perf_counter() - start)
+
+    @property
+    def search_seed(self) -> int:
+        """Seed of what the search draws and of the images it scores."""
+        return self.config.seed if self.config.search_seed is None else self.config.search_seed
+
+    def seed_timesteps(self) -> tuple[int, ...]:
+        """Smallest timestep of each group at K steps; without groups the quadratic schedule."""
+        space = self.config.space
+        rule = TimestepRule.UNIFORM if space.groups == "uniform" else TimestepRule.QUADRATIC
+        return group_minima(timestep_groups(self.task.num_train_timesteps, space.num_inference_steps, rule))
 
     def baselines(self) -> dict[str, Candidate]:
-        """Named baselines: the float reference, and float and uniform bits at K quadratic steps."""
+        """Named baselines: the float reference, float at K quadratic steps, and uniform bits at K steps.
+
+        Schedules that coincide stand once, under their first name.
+        """
+        config = self.config.evaluation
         steps = self.quadratic(self.config.space.num_inference_steps)
-        reference = self.quadratic(self.config.evaluation.reference_steps)
+        reference = self.quadratic(config.reference_steps)
         named = {
             "float_reference": self.uniform(reference, FLOAT_BITS, FLOAT_BITS),
             "float_k": self.uniform(steps, FLOAT_BITS, FLOAT_BITS),
         }
-        return named | {f"w{bits}a{bits}": self.uniform(steps, bits, bits) for bits in BASELINE_BITS}
+        for bits in config.baseline_bits:
+            named[f"w{bits}a{bits}"] = self.uniform(steps, bits, bits)
+            for spacing in config.baseline_spacings:
+                other = self.uniform(self.schedule(len(steps), TimestepSpacing(spacing)), bits, bits)
+                if other not in named.values():
+                    named[f"w{bits}a{bits}_{spacing}"] = other
+        return named
 
-    def objective(self, stream: str, num_images: int) -> Objective:
-        """Objective on the image stream of this name; a Trainer's stage may have left the supernet on the CPU."""
-        self.module.to(self.device)
-        protocol = Protocol(num_images, stream_seed(self.config.seed, stream), self.config.evaluation.micro_batch)
-        state = content_hash(self.module.supernet.quantizer_state())
+    def objective(
+        self, stream: str, num_images: int, module: SupernetModule | None = None, **arguments: Any
+    ) -> Objective:
+        """Objective on the image stream of this name; a Trainer's stage may have left the network on the CPU.
+
+        Args:
+            stream: Name of the image stream; that of ``search`` follows the search's seed.
+            num_images: Images a candidate.
+            module: Network that makes them; None takes the supernet.
+            arguments: Further ones of ``Objective``.
+        """
+        module = (module or self.module).to(self.device)
+        seed = self.search_seed if stream == "search" else self.config.seed
+        protocol = Protocol(num_images, stream_seed(seed, stream), self.config.evaluation.micro_batch)
+        state = content_hash(module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
         return Objective(
-            self.module,
+            module,
             self.metric,
             protocol,
             self.cost,
             self.trials,
             reference_candidate=self.baselines()["float_reference"],
-            supernet_state=digest([asdict(self.config.quant), state, scales]),
+            state=digest([asdict(self.config.quant), state, scales]),
             on_trial=self.on_trial,
+            **arguments,
         )
 
 
@@ -135,16 +180,22 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     """
     model = instantiate(config.model)
     if not isinstance(model, DiffusionModel):
-        raise UserError(f"model: {type(model).__name__} makes no images and can only be trained (task=train)")
+        raise UserError(f"model: {_what_it_is_for(model)}")
     task = model.task()
     metric: FrechetMetric = instantiate(config.evaluation.metric)
+    if metric.image_shape not in (None, task.sample_shape):
+        raise UserError(
+            f"evaluation: {metric.name} takes images of shape {metric.image_shape}, model {task.name} makes "
+            f"{task.sample_shape}; choose another evaluation"
+        )
     cost = CostModel(task_layers(task))
     space = _search_space(config, task.num_train_timesteps, cost.layers)
-    weight_choices = [
-        (config.quant.softmax_bits,) if isinstance(shape, AttentionShape) else _with_baselines(config.space.weight_bits)
-        for shape in cost.layers
-    ]
-    act_choices = [_with_baselines(config.space.act_bits)] * len(cost)
+    weight_bits, act_bits = (
+        _with_baselines(config, bits) for bits in (config.space.weight_bits, config.space.act_bits)
+    )
+    softmax = (config.quant.softmax_bits,)
+    weight_choices = [softmax if isinstance(shape, AttentionShape) else weight_bits for shape in cost.layers]
+    act_choices = [act_bits] * len(cost)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
     trainer: L.Trainer = instantiate(config.trainer)()
     if trainer.world_size != 1:
@@ -162,21 +213,39 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     return experiment
 
 
-def _with_baselines(choices: list[int]) -> tuple[int, ...]:
-    return tuple(sorted({*choices, *BASELINE_BITS}, reverse=True))
+def _what_it_is_for(model: Any) -> str:
+    """Why a model of the model group makes no images, and which tasks it is there for."""
+    if isinstance(model, TrainableModel):
+        return f"{model.name} makes no images and can only be trained (task=train)"
+    if isinstance(model, CostedModel):
+        return f"{model.name} is an architecture without weights; it is there for task=cost only"
+    return f"{type(model).__name__} makes no images; task=run needs a DiffusionModel"
+
+
+def _with_baselines(config: Config, choices: list[int]) -> tuple[int, ...]:
+    return tuple(sorted({*choices, *config.evaluation.baseline_bits}, reverse=True))
 
 
 def _search_space(config: Config, num_train_timesteps: int, layers: tuple[LayerShape, ...]) -> SearchSpace:
     space, tile = config.space, config.winograd.tile
-    groups = timestep_groups(num_train_timesteps, space.num_inference_steps, TimestepRule(space.groups))
+    rule = TimestepRule.QUADRATIC if space.groups == "free" else TimestepRule(space.groups)
+    groups = timestep_groups(num_train_timesteps, space.num_inference_steps, rule)
+    num_steps = range(space.min_steps or len(groups), (space.max_steps or len(groups)) + 1)
+    steps_per_group = (space.min_steps_per_group, space.max_steps_per_group)
     if not space.search_timesteps:
         groups = tuple(range(group[0], group[0] + 1) for group in groups)
+    elif space.groups == "free":
+        groups, steps_per_group = (range(num_train_timesteps),), (0, num_train_timesteps)
     softmax = (config.quant.softmax_bits,)
     return SearchSpace(
         groups,
         tuple(softmax if isinstance(shape, AttentionShape) else tuple(space.weight_bits) for shape in layers),
         (tuple(space.act_bits),) * len(layers),
         tuple((tile if isinstance(shape, ConvShape) and is_eligible(shape) else DIRECT_TILE,) for shape in layers),
+        num_steps[0],
+        num_steps[-1],
+        *steps_per_group,
+        BitsPerStep(space.bits_per_step),
     )
 
 
@@ -188,8 +257,8 @@ def _budget_bitops(experiment: Experiment) -> int:
     return experiment.cost.bitops(experiment.uniform(steps, budget.weight_bits, budget.act_bits))
 
 
-def make_search(experiment: Experiment) -> EvolutionSearch:
-    """The search algorithm, seeded with the quadratic schedule at the budget's bits where the space has them.
+def make_search(experiment: Experiment) -> Search:
+    """The search algorithm, seeded with the schedule of the budget at the budget's bits where the space has them.
 
     Raises:
         ValueError: If the budget is below the cheapest candidate, or a setting of the search is out of range.
@@ -198,15 +267,30 @@ def make_search(experiment: Experiment) -> EvolutionSearch:
     budget = config.budget
     seeds = []
     if budget.weight_bits in config.space.weight_bits and budget.act_bits in config.space.act_bits:
-        seeds.append(space.uniform(group_minima(space.timestep_groups), budget.weight_bits, budget.act_bits))
-    search: EvolutionSearch = instantiate(config.search)(
+        timesteps = experiment.seed_timesteps()
+        if space.steps.contains(timesteps):
+            seeds.append(space.uniform(timesteps, budget.weight_bits, budget.act_bits))
+    search: Search = instantiate(config.search)(
         space,
         experiment.cost,
         experiment.budget_bitops,
-        seed=stream_seed(config.seed, "evolution"),
+        seed=stream_seed(experiment.search_seed, "evolution"),
         seed_candidates=tuple(seeds),
     )
     return search
+
+
+def random_candidates(experiment: Experiment, count: int) -> tuple[Candidate, ...]:
+    """Random candidates under the run's budget, none twice."""
+    search = RandomSearch(
+        experiment.space,
+        experiment.cost,
+        experiment.budget_bitops,
+        population_size=count,
+        num_generations=1,
+        seed=stream_seed(experiment.search_seed, "random search"),
+    )
+    return search.ask()
 
 
 def examined_tiles(config: Config) -> list[int]:

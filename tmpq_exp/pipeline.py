@@ -9,16 +9,19 @@ from typing import Any
 
 from rich.console import Console
 
+from tmpq_exp.calibrating import calibrate
 from tmpq_exp.config import Config
-from tmpq_exp.experiment import prepare
+from tmpq_exp.experiment import Experiment, prepare
+from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.recipe import apply_recipe, write_recipe
 from tmpq_exp.report import pareto_png, report_html, samples_png, summary_table, write_report_json
 from tmpq_exp.results import assemble_report, picture_records, sample_rows
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.search.trials import Trial, TrialLog
-from tmpq_exp.stages import calibrate, evaluate, search, select, winograd_scales
+from tmpq_exp.stages import Shipped, evaluate, search, select, specialize, winograd_scales
 from tmpq_exp.tracking import NullTracker, Tracker, WandbTracker
+from tmpq_exp.weighing import weigh
 
 
 def run(config: Config, resolved: dict[str, Any]) -> None:
@@ -31,9 +34,10 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
     Raises:
         ValueError: If the input is bad; nothing that was recorded before is lost.
     """
+    quiet_lightning()
     with writing(Path(config.paths.run_dir)):
         directory = RunDirectory.claim(Path(config.paths.run_dir), resolved)
-        trials = TrialLog(directory.trials)
+        trials = TrialLog(directory.trials, [Path(path) for path in config.reuse])
         for warning in trials.warnings:
             print(f"warning: {warning}", file=sys.stderr)
 
@@ -45,13 +49,23 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
             winograd = winograd_scales(experiment)
             algorithm, search_objective = search(experiment)
             winner = select(experiment, algorithm)
-            finals, final_objective = evaluate(experiment, winner)
+            evidence = weigh(experiment, algorithm, search_objective, winner)
+            shipped = specialize(experiment, winner)
+            finals, final_objective = evaluate(experiment, shipped)
             report = assemble_report(
-                experiment, winograd, algorithm, winner, finals, search_objective, final_objective, trials.warnings
+                experiment,
+                winograd,
+                algorithm,
+                shipped,
+                finals,
+                evidence,
+                search_objective,
+                final_objective,
+                trials.warnings,
             )
-            _specialize(experiment.module, winner, finals["best"], experiment.winograd, directory, config)
-            rows = sample_rows(experiment, winner, final_objective.protocol.seed)
-            records = picture_records(experiment, search_objective.fingerprint)
+            _ship(experiment, shipped, finals["best"])
+            rows = sample_rows(experiment, shipped, final_objective.protocol.seed)
+            records = picture_records(experiment, search_objective)
             _write_pages(directory, report, records, rows, winner)
             tracker.log_summary(report)
             tracker.log_images([directory.pareto, directory.samples])
@@ -82,23 +96,23 @@ def make_tracker(config: Config, resolved: dict[str, Any], directory: RunDirecto
     return tracker
 
 
-def _specialize(
-    module: Any, winner: Candidate, trial: Trial, winograd: Any, directory: RunDirectory, config: Config
-) -> None:
+def _ship(experiment: Experiment, shipped: Shipped, trial: Trial) -> None:
     """Write the recipe, and make sure that it gives the winner's images back to the last bit."""
+    directory, module = experiment.run, shipped.module
+    micro_batch = experiment.config.evaluation.micro_batch
     write_recipe(
         directory.recipe,
         directory.recipe_state,
         module,
-        winner,
-        winograd,
-        micro_batch=config.evaluation.micro_batch,
+        shipped.candidate,
+        experiment.winograd,
+        micro_batch=micro_batch,
         evidence={"metrics": trial.metrics, "num_images": trial.num_images, "seed": trial.seed},
     )
     compressed = apply_recipe(directory.recipe, module.task)
-    indices = range(min(config.evaluation.micro_batch, trial.num_images))
+    indices = range(min(micro_batch, trial.num_images))
     restored = compressed.sample(len(indices), trial.seed)
-    assert restored.equal(module.images(winner, indices, trial.seed).cpu()), "the recipe gives other images"
+    assert restored.equal(module.images(shipped.candidate, indices, trial.seed).cpu()), "the recipe gives other images"
 
 
 def _write_pages(

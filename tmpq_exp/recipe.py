@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from tmpq_exp.config import QuantConfig, QuantizerConfig
-from tmpq_exp.cost import LayerShape
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
 from tmpq_exp.quant.primitives import integer_range
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import write_json
-from tmpq_exp.trace import trace_layers
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import WinogradScales
+from tmpq_exp.zoo.cifar import CifarDDPM
 from tmpq_exp.zoo.digits import DigitsDDPM
-from tmpq_exp.zoo.task import DiffusionTask
+from tmpq_exp.zoo.embedded import EmbeddedDDPM
+from tmpq_exp.zoo.task import DiffusionTask, task_layers
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 RECIPE_SCHEMA = 2
-EMBEDDED_MODELS = {DigitsDDPM.name: DigitsDDPM}
+EMBEDDED_MODELS: dict[str, type[EmbeddedDDPM]] = {model.name: model for model in (DigitsDDPM, CifarDDPM)}
 """Models that a recipe may name; for any other one ``apply_recipe`` is given the float task."""
 
 
@@ -76,11 +76,6 @@ class CompressedModel:
         return torch.cat([self.module.images(self.candidate, b, seed).cpu() for b in batches])[:num_images]
 
 
-def task_layers(task: DiffusionTask) -> tuple[LayerShape, ...]:
-    """Layers of a task's U-Net, in the order of every allocation."""
-    return trace_layers(task.unet, task.probe)
-
-
 def write_recipe(
     path: Path,
     state_path: Path,
@@ -96,13 +91,13 @@ def write_recipe(
     Args:
         path, state_path: ``recipe.json`` and the safetensors file beside it.
         module: The run's supernet.
-        candidate: What to ship; its allocation is shared by all steps.
+        candidate: What to ship; its steps share an allocation or have one each.
         winograd: Specification and scales of the tiles the supernet may take.
         micro_batch: Images a forward in the run.
         evidence: What was measured, kept for the reader.
     """
     layers = module.supernet.shapes
-    choices = _choices(candidate)
+    choices = bit_choices(candidate)
     compressed = SupernetModule(module.task, layers, *choices, module.supernet.config)
     held = dict(module.supernet.named_quantizers())
     for name, quantizer in compressed.supernet.named_quantizers():
@@ -130,7 +125,7 @@ def write_recipe(
     write_json(path, recipe)
 
 
-def _choices(candidate: Candidate) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def bit_choices(candidate: Candidate) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Bit widths that a candidate uses, one entry a layer, without float."""
 
     def used(per_step: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -186,7 +181,7 @@ def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) ->
     micro_batch = recipe["micro_batch"]
     if type(micro_batch) is not int or micro_batch < 1:
         raise ValueError(f"micro_batch must be an integer of at least 1, found {micro_batch!r}")
-    module = SupernetModule(task, layers, *_choices(candidate), _quant_config(recipe["quant"]))
+    module = SupernetModule(task, layers, *bit_choices(candidate), _quant_config(recipe["quant"]))
     state_path = path.parent / Path(recipe["state"]["file"]).name  # a name, never a path out of the recipe's folder
     state, _ = read_tensors(state_path, "quantizer state of the recipe")
     found = hashlib.sha256(state_path.read_bytes()).hexdigest()

@@ -10,14 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from tmpq_exp.config import Granularity
-from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, LayerShape
+from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.quant.supernet import is_eligible
 from tmpq_exp.report import SCHEMA
-from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective, label
 from tmpq_exp.search.trials import Trial
+from tmpq_exp.seeding import stream_seed
+from tmpq_exp.stages import Shipped
 
 SAMPLE_COLUMNS = 12
 
@@ -33,6 +34,7 @@ def entry(trial: Trial, name: str, weighted: Sequence[bool]) -> dict[str, Any]:
         "macs": trial.macs,
         "weight_bytes": trial.weight_bytes,
         "metrics": trial.metrics,
+        "intervals": trial.intervals or {},
         "num_images": trial.num_images,
         "seed": trial.seed,
     }
@@ -50,9 +52,10 @@ def front(trials: Sequence[Trial], metric: str) -> list[Trial]:
 def assemble_report(
     experiment: Experiment,
     winograd: list[dict[str, Any]],
-    algorithm: EvolutionSearch,
-    winner: Candidate,
+    algorithm: Search,
+    shipped: Shipped,
     finals: dict[str, Trial],
+    evidence: dict[str, Any],
     search_objective: Objective,
     final_objective: Objective,
     warnings: list[str],
@@ -60,17 +63,27 @@ def assemble_report(
     """Content of ``report.json``; see ``tmpq_exp.report.REPORT_KEYS``."""
     config, metric = experiment.config, experiment.metric.name
     weighted = [not isinstance(shape, AttentionShape) for shape in experiment.layers]
-    searched = [t for t in experiment.trials.of_phase("search") if t.fingerprint == search_objective.fingerprint]
+    searched = [trial for trial in experiment.trials.of_phase("search") if search_objective.covers(trial)]
     seconds = experiment.run.stage_seconds()
     best = entry(finals["best"], "best", weighted)
+    winner = shipped.candidate
+    in_supernet = "best" if shipped.module is experiment.module else "best_other"
     best |= {
-        "metrics_supernet": finals["best"].metrics,  # the shipped subnet is the supernet's own, not re-calibrated
+        "metrics_supernet": finals[in_supernet].metrics,
+        "recalibration": None
+        if shipped.other is None
+        else {
+            "shipped": "supernet" if in_supernet == "best" else "recalibrated",
+            "selection": shipped.selection,
+            "metrics_recalibrated": finals["best_other" if in_supernet == "best" else "best"].metrics,
+        },
         "candidate": winner.to_json(),
         "layers": [shape.name for shape in experiment.layers],
         "weighted": weighted,
     }
     baselines = experiment.baselines()
-    scored = {name: search_objective.trials.find(c, search_objective.fingerprint) for name, c in baselines.items()}
+    protocol = search_objective.fingerprint, search_objective.state
+    scored = {name: search_objective.trials.find(c, *protocol) for name, c in baselines.items()}
     hadamard = experiment.cost.hadamard_bitops(winner)
     failed = [trial for trial in searched if trial.error is not None]
     starts = json.loads(experiment.run.environment.read_text(encoding="utf-8"))["starts"]
@@ -93,6 +106,8 @@ def assemble_report(
         "winograd_choice": f"f{config.winograd.tile}" if config.winograd.tile else "none",
         "search": {
             "num_evaluations": len(searched),
+            "num_reused": sum(trial.source is not None for trial in searched),
+            "num_proxy_evaluations": len(experiment.trials.of_phase("proxy")),
             "num_failed": len(failed),
             "stop_reason": algorithm.stop_reason,
             "seconds": seconds.get("search", 0.0),
@@ -100,24 +115,32 @@ def assemble_report(
             "seed": search_objective.protocol.seed,
             "statistics": asdict(algorithm.statistics),
         },
+        "evidence": evidence
+        | {
+            "seeds": {
+                "search": search_objective.protocol.seed,
+                "selection": stream_seed(config.seed, "selection"),
+                "final": final_objective.protocol.seed,
+            }
+        },
         "search_baselines": [entry(trial, name, weighted) for name, trial in scored.items() if trial is not None],
         "stages": seconds,
-        "warnings": [*warnings, *_warnings(experiment, searched, search_objective.fingerprint)],
+        "warnings": [*warnings, *_warnings(experiment, searched, search_objective)],
         "ragged_groups": ragged_groups(experiment),
         "environment": starts[-1],
         "seed": config.seed,
     }
 
 
-def _warnings(experiment: Experiment, searched: Sequence[Trial], fingerprint: str) -> list[str]:
+def _warnings(experiment: Experiment, searched: Sequence[Trial], objective: Objective) -> list[str]:
     """What a reader of the figures must know."""
     config = experiment.config.winograd
     found = [f"candidate {trial.key} failed: {trial.error}" for trial in searched if trial.error is not None]
-    others = [t for t in experiment.trials.of_phase("search") if t.fingerprint != fingerprint]
+    others = [trial for trial in experiment.trials.of_phase("search") if not objective.covers(trial)]
     if others:
         found.append(
-            f"{len(others)} search trials were scored under another fingerprint (other threads, device, library or "
-            "files than now) and are left out"
+            f"{len(others)} search trials were scored under another fingerprint or with other quantizers (other "
+            "threads, device, library or files than now) and are left out"
         )
     stages = (config.quantize_input, config.quantize_v, config.quantize_u, config.quantize_m)
     if config.tile and (config.m_bits != TRANSFORM_BITS or not all(stages)):
@@ -133,10 +156,10 @@ def _warnings(experiment: Experiment, searched: Sequence[Trial], fingerprint: st
     return found
 
 
-def picture_records(experiment: Experiment, fingerprint: str) -> list[dict[str, Any]]:
-    """Trials of this fingerprint, and once more under its name each baseline that the search itself had scored."""
+def picture_records(experiment: Experiment, objective: Objective) -> list[dict[str, Any]]:
+    """Trials of this objective, and once more under its name each baseline that the search itself had scored."""
     names = {candidate.key(): name for name, candidate in experiment.baselines().items()}
-    trials = [trial for trial in experiment.trials.of_phase("search", "baseline") if trial.fingerprint == fingerprint]
+    trials = [trial for trial in experiment.trials.of_phase("search", "baseline") if objective.covers(trial)]
     again = [
         {**asdict(trial), "phase": "baseline", "name": names[trial.key]}
         for trial in trials
@@ -150,18 +173,18 @@ def _budget_name(experiment: Experiment) -> str:
     return "bitops" if budget.bitops is not None else f"w{budget.weight_bits}a{budget.act_bits}"
 
 
-def sample_rows(experiment: Experiment, winner: Candidate, seed: int) -> list[tuple[str, Tensor]]:
+def sample_rows(experiment: Experiment, shipped: Shipped, seed: int) -> list[tuple[str, Tensor]]:
     """Labelled rows of images at the same final seeds: every baseline, and the best found."""
     config = experiment.config
+    baselines = experiment.baselines()
     names = {
         "float_reference": f"float, {config.evaluation.reference_steps} steps",
         "float_k": f"float, {config.space.num_inference_steps} steps",
-        "w8a8": "W8A8",
-        "w6a6": "W6A6",
-    }
-    rows = {names[name]: candidate for name, candidate in experiment.baselines().items()} | {"best found": winner}
+    } | {f"w{bits}a{bits}": f"W{bits}A{bits}" for bits in config.evaluation.baseline_bits}
+    rows = [(label, baselines[name], experiment.module) for name, label in names.items()]
+    rows.append(("best found", shipped.candidate, shipped.module))
     indices = range(min(SAMPLE_COLUMNS, config.evaluation.num_images))
-    return [(label, experiment.module.images(candidate, indices, seed).cpu()) for label, candidate in rows.items()]
+    return [(label, module.images(candidate, indices, seed).cpu()) for label, candidate, module in rows]
 
 
 def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:

@@ -3,76 +3,32 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tmpq_exp.calibrating import recalibrated
 from tmpq_exp.config import UserError
-from tmpq_exp.cost import ConvShape
+from tmpq_exp.cost import ConvShape, is_eligible
 from tmpq_exp.experiment import Experiment, examined_tiles, make_search, winograd_spec
 from tmpq_exp.progress import StageBar
-from tmpq_exp.quant.activations import ActivationStore
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.quant.calibration import CalibrationModule, UnitFiles
-from tmpq_exp.quant.states import cached_states, trajectory_states
-from tmpq_exp.quant.supernet import is_eligible
-from tmpq_exp.rundir import bad_input, digest
-from tmpq_exp.search.evolution import EvolutionSearch
-from tmpq_exp.search.module import SearchModule
+from tmpq_exp.quant.states import trajectory_states
+from tmpq_exp.quant.supernet import SupernetModule
+from tmpq_exp.search.algorithm import Search
+from tmpq_exp.search.module import Proxy, SearchModule
 from tmpq_exp.search.objective import Objective
 from tmpq_exp.search.trials import Trial
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.scales import ConvWeight, input_sqnr_db, learn_scales, network_sqnr_db
 from tmpq_exp.winograd.transform import WinogradScales, closed_form_scales, ineligible_reason, standard_scales
-from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
-
-RESULT_FREE = ("states", "max_cache_bytes")
-"""Settings of the calibration that change nothing but where things are: states count by what they hold."""
 
 REPORTED_BITS = 8
 """Bits of all Winograd stages behind the reported SQNR."""
-
-
-def calibrate(experiment: Experiment) -> None:
-    """Set all quantizers, or read them back if the same calibration was done before; goes on behind a killed one."""
-    config, supernet = experiment.config, experiment.module.supernet
-    experiment.module.to(experiment.device)
-    with bad_input():
-        states, source = cached_states(experiment.task, config.calibration, config.seed, Path(config.paths.cache_dir))
-    choices = [[q.bit_choices for _, q in layer.quantizers()] for layer in supernet.layers]
-    settings = {key: value for key, value in asdict(config.calibration).items() if key not in RESULT_FREE}
-    seen = content_hash({f"{state.timestep}": state.x for state in states})
-    inputs = [experiment.task.weights_hash, seen, settings, asdict(config.quant), choices, config.seed]
-    path, folder = experiment.run.supernet, experiment.run.calibration
-
-    def compute() -> list[dict[str, Any]]:
-        files = UnitFiles(folder, digest(inputs))
-        store = ActivationStore(config.calibration.max_cache_bytes, folder / "activations", experiment.device)
-        with store, bad_input():
-            module = CalibrationModule(supernet, states, config.calibration, config.seed, store, files)
-            total = module.num_epochs
-            experiment.trainer(
-                "calibrate", total, count_epochs=True, max_epochs=total, reload_dataloaders_every_n_epochs=1
-            ).fit(module)
-        metadata = {"model": experiment.task.name, "inputs": digest(inputs), "states": str(source)}
-        write_tensors(path, supernet.quantizer_state(), metadata)
-        files.remove()
-        return [asdict(record) for record in module.records]
-
-    experiment.calibration = experiment.run.stage("calibrate", inputs, [path], compute)
-    with bad_input("; remove it to calibrate again"):
-        state, metadata = read_tensors(path, "quantizers of the supernet")
-        if metadata.get("inputs") != digest(inputs):
-            raise ValueError(f"{path} was made by another calibration")
-        supernet.load_quantizer_state(state, str(path))
 
 
 def winograd_scales(experiment: Experiment) -> list[dict[str, Any]]:
@@ -172,23 +128,29 @@ def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]
     return found
 
 
-def search(experiment: Experiment) -> tuple[EvolutionSearch, Objective]:
+def search(experiment: Experiment) -> tuple[Search, Objective]:
     """Run the search; candidates that were scored before a kill are answered from the trials."""
     algorithm = make_search(experiment)
-    objective = experiment.objective("search", experiment.config.objective.num_images)
+    config = experiment.config.objective
+    objective = experiment.objective("search", config.num_images)
+    proxy = None
     total = algorithm.num_generations * algorithm.population_size
+    if config.proxy is not None:
+        cheap = experiment.objective("search", config.proxy_images, measures_quality=False)
+        proxy = Proxy(cheap, config.proxy, config.promote_fraction)
+        total += algorithm.num_generations * proxy.num_promoted(algorithm.population_size)
     trainer = experiment.trainer(
         "search", total, max_epochs=algorithm.num_generations, reload_dataloaders_every_n_epochs=1
     )
-    with _timed(experiment, "search"):
-        trainer.fit(SearchModule(algorithm, objective))
+    with experiment.timed("search"):
+        trainer.fit(SearchModule(algorithm, objective, proxy))
         for name, candidate in experiment.baselines().items():
             if name != "float_reference":
                 objective.evaluate(candidate, "baseline", name=name)
     return algorithm, objective
 
 
-def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
+def select(experiment: Experiment, algorithm: Search) -> Candidate:
     """The winner: the best of the finalists on images the search never saw.
 
     Raises:
@@ -199,8 +161,8 @@ def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
         raise UserError("every candidate of the search failed; trials.jsonl says why under 'error'")
     if len(finalists) == 1:
         return finalists[0]
-    objective = experiment.objective("selection", experiment.config.evaluation.num_images)
-    with _timed(experiment, "select"), StageBar("select", len(finalists)) as bar:
+    objective = experiment.objective("selection", experiment.selection_images)
+    with experiment.timed("select"), StageBar("select", len(finalists)) as bar:
         trials = []
         for candidate in finalists:
             trials.append(objective.evaluate(candidate, "selection"))
@@ -209,31 +171,62 @@ def select(experiment: Experiment, algorithm: EvolutionSearch) -> Candidate:
     return finalists[best]
 
 
-def evaluate(experiment: Experiment, winner: Candidate) -> tuple[dict[str, Trial], Objective]:
-    """Baselines and winner on the final images."""
+@dataclass(frozen=True)
+class Shipped:
+    """The winner as it is shipped.
+
+    Args:
+        candidate: The winner.
+        module: The supernet, or a network calibrated for the winner's own bits.
+        other: The one of the two that is not shipped; None if nothing was calibrated again.
+        selection: ``supernet`` and ``recalibrated`` -> the selection's score; empty if nothing was.
+    """
+
+    candidate: Candidate
+    module: SupernetModule
+    other: SupernetModule | None
+    selection: dict[str, float]
+
+
+def specialize(experiment: Experiment, winner: Candidate) -> Shipped:
+    """Calibrate the winner for its own bits if that is asked for; ship what is better on the selection's images."""
+    if not experiment.config.evaluation.recalibrate:
+        return Shipped(winner, experiment.module, None, {})
+    with experiment.timed("specialize"):
+        own = recalibrated(experiment, winner)
+        modules = {"supernet": experiment.module, "recalibrated": own}
+        scores = {}
+        for name, module in modules.items():
+            objective = experiment.objective("selection", experiment.selection_images, module)
+            scores[name] = objective.evaluate(winner, "selection").score(experiment.metric.name)
+    if scores["recalibrated"] < scores["supernet"]:
+        return Shipped(winner, own, experiment.module, scores)
+    return Shipped(winner, experiment.module, own, scores)
+
+
+def evaluate(experiment: Experiment, shipped: Shipped) -> tuple[dict[str, Trial], Objective]:
+    """Baselines and winner on the final images: ``best`` as it is shipped, ``best_other`` as it is not."""
     config = experiment.config.evaluation
-    objective = experiment.objective("final", config.num_images)
-    named = {**experiment.baselines(), "best": winner}
+    named = {name: (candidate, experiment.module) for name, candidate in experiment.baselines().items()}
+    named["best"] = shipped.candidate, shipped.module
+    if shipped.other is not None:
+        named["best_other"] = shipped.candidate, shipped.other
     trials = {}
-
-    def predict(candidate: Candidate) -> Iterable[Tensor]:
-        trainer = experiment.trainer(f"evaluate {name}", len(objective.protocol.micro_batches()))
-        batches = objective.protocol.micro_batches()
-        with experiment.module.requesting(candidate, batches, objective.protocol.seed):
-            images: Any = trainer.predict(experiment.module, range(len(batches)))
-        experiment.module.to(experiment.device)
-        return list(images)
-
-    with _timed(experiment, "evaluate"):
-        for name, candidate in named.items():
+    with experiment.timed("evaluate"):
+        for name, (candidate, module) in named.items():
+            objective = experiment.objective("final", config.num_images, module, bootstrap=config.bootstrap)
+            predict = partial(_predict, experiment, module, objective, name)
             trials[name] = objective.evaluate(candidate, "final", name=name, images=predict)
-    return trials, objective
+    return trials, experiment.objective("final", config.num_images, shipped.module, bootstrap=config.bootstrap)
 
 
-@contextmanager
-def _timed(experiment: Experiment, name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        experiment.run.add_stage_seconds(name, time.perf_counter() - start)
+def _predict(
+    experiment: Experiment, module: SupernetModule, objective: Objective, name: str, candidate: Candidate
+) -> list[Tensor]:
+    """Images of the objective's protocol, made by a Trainer."""
+    batches = objective.protocol.micro_batches()
+    trainer = experiment.trainer(f"evaluate {name}", len(batches))
+    with module.requesting(candidate, batches, objective.protocol.seed):
+        images: Any = trainer.predict(module, range(len(batches)))
+    module.to(experiment.device)
+    return list(images)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from tmpq_exp.attention import AttentionProducts
 from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, LinearShape
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -16,22 +18,21 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 def trace_layers(model: nn.Module, run_forward: Callable[[nn.Module], Any]) -> tuple[LayerShape, ...]:
     """Shapes of all layers that cost something, by running one forward. Works on the meta device.
 
-    Counted are ``nn.Conv2d``, ``nn.Linear`` and diffusers' ``Attention``, whose products are no modules and become an
-    entry ``<module path>.products``. Order: ``model.named_modules()``, a products entry after the last module inside
-    its attention. A layer that is never called is left out.
+    Counted are ``nn.Conv2d``, ``nn.Linear``, ``AttentionProducts`` and diffusers' ``Attention``, whose products are no
+    modules and become an entry ``<module path>.products``. Order: ``model.named_modules()``, a products entry of
+    diffusers after the last module inside its attention. A layer that is never called is left out.
 
     Args:
         model: The float network.
-        run_forward: Runs one forward of the model it is given, batch 1, one U-Net call. Attention modules must get
-            their context as positional or keyword argument ``encoder_hidden_states``.
+        run_forward: Runs one forward of the model it is given, batch 1, one U-Net call. diffusers' attention must get
+            its context as positional or keyword argument ``encoder_hidden_states``.
 
     Raises:
         ValueError: If the batch is not 1, a layer is called more than once, no layer was called, or a module was
             called whose cost is not known (transposed, 1-D and 3-D convolutions, ``nn.MultiheadAttention``).
     """
-    from diffusers.models.attention_processor import Attention  # here, because its import takes seconds
-
-    entries = _cost_entries(model, Attention)
+    attention_classes = _diffusers_attention()
+    entries = _cost_entries(model, attention_classes)
     found: dict[str, LayerShape] = {}
 
     def record(name: str, shape: LayerShape) -> None:
@@ -46,14 +47,16 @@ def trace_layers(model: nn.Module, run_forward: Callable[[nn.Module], Any]) -> t
             elif isinstance(module, nn.Linear):
                 positions = output.numel() // module.out_features
                 record(name, LinearShape(name, module.in_features, module.out_features, positions))
-            elif isinstance(module, Attention):
+            elif isinstance(module, AttentionProducts):
+                record(name, _products_shape(name, *args, **kwargs))
+            elif isinstance(module, attention_classes):
                 record(name, _attention_shape(name, module, args, kwargs))
             else:
                 raise ValueError(f"layer {name!r} is a {type(module).__name__}, whose cost is not known")
 
         return on_forward
 
-    counted = (*_CONVOLUTIONS, nn.Linear, nn.Bilinear, nn.MultiheadAttention, Attention)
+    counted = (*_CONVOLUTIONS, nn.Linear, nn.Bilinear, nn.MultiheadAttention, AttentionProducts, *attention_classes)
     handles = [
         module.register_forward_hook(hook(name), with_kwargs=True)
         for name, module in entries
@@ -70,7 +73,16 @@ def trace_layers(model: nn.Module, run_forward: Callable[[nn.Module], Any]) -> t
     return tuple(found[name] for name, _ in entries if name in found)
 
 
-def _cost_entries(model: nn.Module, attention_class: type[nn.Module]) -> list[tuple[str, nn.Module]]:
+def _diffusers_attention() -> tuple[type[nn.Module], ...]:
+    """diffusers' attention class; none where it was never imported, because no network can hold it then.
+
+    To import it here would take seconds.
+    """
+    module = sys.modules.get("diffusers.models.attention_processor")
+    return () if module is None else (module.Attention,)
+
+
+def _cost_entries(model: nn.Module, attention_classes: tuple[type[nn.Module], ...]) -> list[tuple[str, nn.Module]]:
     """Modules in ``named_modules`` order, attention modules renamed to their products and moved behind their own."""
     entries: list[tuple[str, nn.Module]] = []
     open_attentions: list[tuple[str, nn.Module]] = []
@@ -82,7 +94,7 @@ def _cost_entries(model: nn.Module, attention_class: type[nn.Module]) -> list[tu
     for name, module in model.named_modules():
         while open_attentions and not name.startswith(open_attentions[-1][0]):
             close_last()
-        if isinstance(module, attention_class):
+        if isinstance(module, attention_classes):
             open_attentions.append((f"{name}." if name else "", module))
         else:
             entries.append((name, module))
@@ -107,6 +119,12 @@ def _conv_shape(name: str, conv: nn.Conv2d, output: torch.Tensor) -> ConvShape:
     height, width = output.shape[2:]
     channels = conv.in_channels, conv.out_channels
     return ConvShape(name, *channels, kernel, pair(conv.stride), padding, dilation, conv.groups, height, width)
+
+
+def _products_shape(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionShape:
+    if q.shape[0] != 1:
+        raise ValueError(f"run_forward must run batch 1, found queries {tuple(q.shape)} at layer {name!r}")
+    return AttentionShape(name, q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
 
 
 def _attention_shape(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionShape:

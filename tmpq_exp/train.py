@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.data import ImageData
 from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
 from tmpq_exp.files import replace_file
 from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
-from tmpq_exp.progress import StageProgress
+from tmpq_exp.progress import StageProgress, quiet_lightning
+from tmpq_exp.report import samples_png
 from tmpq_exp.rundir import RunDirectory, describe_environment
 from tmpq_exp.seeding import stream_seed
-from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel
-from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, TrainingModule
+from tmpq_exp.zoo.embedded import EmbeddedDDPM, FeatureClassifier
+from tmpq_exp.zoo.task import DiffusionTask, TrainableModel
+from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, TrainingModule, top1_percent
 from tmpq_exp.zoo.weights import write_tensors
 
 CHECKPOINT_EVERY_STEPS = 1000
+
+SAMPLE_COLUMNS = 12
+
+ERROR_DRAWS = 10000
+"""Images times draws, at least, behind a diffusion model's noise error."""
 
 
 def train(config: Config, resolved: dict[str, Any]) -> None:
     """Train, assess and save; a killed run goes on from its last checkpoint, with fresh random numbers from there.
 
     Writes ``model.safetensors`` and ``model_card.md`` into the run directory; for a classifier also
-    ``reference.safetensors``, the statistics of the data under its features.
+    ``reference.safetensors``, the statistics of the data under its features, for a diffusion model ``samples.png``.
     """
+    quiet_lightning()
     run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
     if run.weights.exists() and run.model_card.exists():
         print(f"already trained\nweights     {run.weights}\nmodel card  {run.model_card}")
@@ -40,7 +48,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     torch.manual_seed(stream_seed(config.seed, "train"))
     model = instantiate(config.model)
     if not isinstance(model, TrainableModel):
-        raise UserError(f"model: {type(model).__name__} has no training recipe here")
+        raise UserError(f"model: {getattr(model, 'name', type(model).__name__)} has no training recipe here")
     data: ImageData = instantiate(config.data)
     module = model.training_module()
     num_steps = module.recipe.num_steps
@@ -49,6 +57,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
         max_steps=num_steps,
         enable_checkpointing=True,
         callbacks=[checkpoint, StageProgress(f"train {model.name}", num_steps)],
+        gradient_clip_val=module.recipe.gradient_clip,
         limit_val_batches=0,
         default_root_dir=run.path,
     )
@@ -56,16 +65,20 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     start = time.perf_counter()
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
     run.add_stage_seconds("train", time.perf_counter() - start)
-    device = _device_name(trainer.strategy.root_device)
-    module.cpu()
-    write_tensors(run.weights, module.trained_network().state_dict(), {"model": model.name, "seed": str(config.seed)})
+    device = trainer.strategy.root_device
+    network = module.trained_network().to(device)
+    dtype = getattr(torch, model.weights_dtype)
+    state = network.state_dict()
+    weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    network.load_state_dict(weights)  # from here on it is what is shipped
+    write_tensors(run.weights, weights, {"model": model.name, "seed": str(config.seed)})
     facts = {
         "data": data.description,
         "seed": str(config.seed),
-        "hardware": f"{device}; torch {torch.__version__}",
+        "hardware": f"{_device_name(device)}; torch {torch.__version__}",
         "training time": f"{run.stage_seconds()['train']:.0f} s",
         "final training loss": f"{float(module.final_loss):.5f}",
-        **{name: f"{value:.3f}" for name, value in _assess(config, model, module, data, run).items()},
+        **{name: f"{value:.3f}" for name, value in _assess(config, model, module, network, data, run).items()},
     }
     replace_file(run.model_card, _model_card(model, module, facts).encode())
     print(run.model_card.read_text(encoding="utf-8"))
@@ -73,24 +86,45 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
 
 
 def _assess(
-    config: Config, model: TrainableModel, module: TrainingModule, data: ImageData, run: RunDirectory
+    config: Config,
+    model: TrainableModel,
+    module: TrainingModule,
+    network: nn.Module,
+    data: ImageData,
+    run: RunDirectory,
 ) -> dict[str, float]:
     """Figures of the trained network for its card; a classifier's reference statistics are written as well."""
     if isinstance(module, ClassifierTraining):
-        network: Any = module.trained_network()
+        assert isinstance(network, FeatureClassifier)
         sums = FeatureSums(network)
-        sums.update(data.everything()[0])
-        sums.statistics().save(run.reference, f"all images of: {data.description}; uint8")
-        return {"top-1 on held-out images, percent": module.top1(data.val_dataloader())}
+        device = next(network.parameters()).device
+        for images, _ in data.reference_dataloader():
+            sums.update(images.to(device))
+        sums.statistics().save(run.reference, f"{sums.num_images} images of: {data.description}; uint8")
+        return {"top-1 on held-out images, percent": top1_percent(network, data.val_dataloader())}
     assert isinstance(module, DiffusionTraining)
-    assert isinstance(model, TrainableDiffusionModel)
-    task = model.wrap(module.trained_network())
+    assert isinstance(model, EmbeddedDDPM)
+    task = model.wrap(network)
+    _draw_samples(task, config, run, model.class_names)
     metric: FrechetMetric = instantiate(config.evaluation.metric)
-    quality = {"noise MSE of the averaged weights, all images": module.average_loss(*data.everything())}
+    draws = max(1, ERROR_DRAWS // len(data.reference_set.labels))
+    name = f"noise MSE of the averaged weights, {len(data.reference_set.labels)} images, {draws} draws each"
+    quality = {name: module.average_error(network, data.reference_dataloader(), draws)}
     for num_steps in (config.space.num_inference_steps, config.evaluation.reference_steps):
         name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} quadratic steps"
         quality[name] = metric(_images(task, config, num_steps))
     return quality
+
+
+def _draw_samples(task: DiffusionTask, config: Config, run: RunDirectory, names: Sequence[str]) -> None:
+    """samples.png: a row a class, at the steps of the float reference."""
+    num_classes = len(names)
+    timesteps = spaced_timesteps(task.num_train_timesteps, config.evaluation.reference_steps, TimestepSpacing.QUADRATIC)
+    with torch.inference_mode():
+        images = task.sample(
+            task.unet, range(SAMPLE_COLUMNS * num_classes), timesteps, stream_seed(config.seed, "final")
+        )
+    samples_png(run.samples, [(name, images[label::num_classes].cpu()) for label, name in enumerate(names)])
 
 
 def _device_name(device: torch.device) -> str:

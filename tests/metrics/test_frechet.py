@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytorch_fid.fid_score import calculate_frechet_distance
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tmpq_exp.data import to_uint8, uci_digits
 from tmpq_exp.metrics.frechet import FeatureStatistics, FeatureSums, FrechetMetric, digits_frechet, frechet_distance
-from tmpq_exp.zoo.digits import EMBEDDED, DigitsClassifier
+from tmpq_exp.zoo.digits import DigitsClassifier
+from tmpq_exp.zoo.embedded import embedded_file
 from tmpq_exp.zoo.weights import write_tensors
 
 
@@ -63,6 +66,45 @@ def test_equals_the_closed_form_for_diagonal_covariances(rows: list[tuple[float,
     a, b = (FeatureStatistics(m, torch.diag(s**2), 9) for m, s in ((mean_a, std_a), (mean_b, std_b)))
     expected = float((mean_a - mean_b).square().sum() + (std_a - std_b).square().sum())
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(("dimensions", "rank"), [(3, 3), (64, 64), (64, 20)])
+def test_equals_pytorch_fid(dimensions: int, rank: int) -> None:
+    rng = np.random.default_rng(dimensions)
+    mixtures = rng.standard_normal((2, rank, dimensions)) * np.geomspace(1, 30, dimensions)
+    fits = [rng.standard_normal((4 * dimensions, rank)) @ mixture + rng.random(dimensions) for mixture in mixtures]
+    a, b = ((fit.mean(0), np.cov(fit, rowvar=False)) for fit in fits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs warns of its own call of scipy, and of singular products
+        theirs = calculate_frechet_distance(*a, *b)
+    ours = frechet_distance(*(FeatureStatistics(torch.from_numpy(m), torch.from_numpy(c), 9) for m, c in (a, b)))
+    assert ours == pytest.approx(theirs, rel=1e-6 if rank == dimensions else 1e-4)
+
+
+def test_interval_holds_the_distance_and_narrows_with_more_images() -> None:
+    metric = FrechetMetric("fd_pixels", Pixels(), statistics([images(300, 0)]))
+    fake = images(2000, 1, power=2.0)
+    few, many = (metric.interval([fake[:count]], 100, seed=0) for count in (100, 2000))
+    for count, (low, high) in ((100, few), (2000, many)):
+        assert low < metric([fake[:count]]) < high
+    assert many[1] - many[0] < 0.5 * (few[1] - few[0])
+    assert metric.interval([fake[:60], fake[60:100]], 100, seed=0) == pytest.approx(few)
+    assert metric.interval([fake[:100]], 100, seed=1) != few
+
+
+def test_interval_is_as_wide_as_the_distance_varies() -> None:
+    metric = FrechetMetric("fd_pixels", Pixels(), statistics([images(3000, 0)]))
+    sets = [images(200, seed, power=2.0) for seed in range(1, 41)]
+    half_widths = [(high - low) / 2 for low, high in (metric.interval([s], 60, seed=0) for s in sets[:8])]
+    assert np.mean(half_widths) == pytest.approx(1.96 * np.std([metric([s]) for s in sets], ddof=1), rel=0.35)
+
+
+def test_paired_distance() -> None:
+    metric = FrechetMetric("fd_pixels", Pixels(), statistics([images(20, 0)]))
+    a, b = images(30, 1), images(30, 2)
+    expected = (Pixels().features(a.double()) - Pixels().features(b.double())).square().sum(1).mean()
+    assert metric.paired(a, b) == pytest.approx(float(expected), rel=1e-6)
+    assert metric.paired(a, a) == 0
 
 
 def test_statistics_equal_numpys() -> None:
@@ -150,7 +192,7 @@ def test_bad_statistics_are_refused_by_name(
 def test_missing_and_truncated_statistics(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reference statistics: no file at .*nowhere"):
         digits_frechet(reference=str(tmp_path / "nowhere"))
-    embedded = (EMBEDDED / "digits_classifier" / "reference.safetensors").read_bytes()
+    embedded = embedded_file("digits_classifier", "reference.safetensors").read_bytes()
     (tmp_path / "short").write_bytes(embedded[:-5])
     with pytest.raises(ValueError, match=r"short is truncated"):
         digits_frechet(reference=str(tmp_path / "short"))

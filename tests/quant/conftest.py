@@ -12,13 +12,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from tmpq_exp.config import CalibrationConfig, Granularity, QuantConfig, QuantizerConfig
-from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
+from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation
 from tmpq_exp.quant.calibration import CalibrationModule
 from tmpq_exp.quant.layers import QuantLayer
 from tmpq_exp.quant.quantizer import ActQuantizer
 from tmpq_exp.quant.states import trajectory_states
-from tmpq_exp.quant.supernet import Supernet, SupernetModule, is_eligible
+from tmpq_exp.quant.supernet import Supernet, SupernetModule
 from tmpq_exp.recipe import task_layers
 from tmpq_exp.trace import trace_layers
 from tmpq_exp.zoo.digits import DigitsDDPM

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tmpq_exp.cost import CostModel, LinearShape
 from tmpq_exp.diffusion.schedule import TimestepRule, group_minima, timestep_groups
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.search.evolution import EvolutionSearch, Origin, SearchStatistics
+from tmpq_exp.search.algorithm import Origin, Search, SearchStatistics
+from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.random import RandomSearch
 from tmpq_exp.search.space import SearchSpace
 
 NUM_LAYERS = 12
@@ -87,7 +89,7 @@ def test_release_settings_are_the_defaults_but_for_the_fill() -> None:
     search = EvolutionSearch(SPACE, COST, COST.bitops(W6A6), seed_candidates=(W6A6,), fill=False, num_generations=2)
     assert [len(generation) for generation in play(search)] == [50, 50]
     origins = [scored.origin for scored in search.history[50:]]
-    assert [origins.count(origin) for origin in Origin] == [0, 15, 25, 10]
+    assert [origins.count(origin) for origin in Origin] == [0, 15, 25, 10, 0]
     assert search.history[0].candidate == W6A6
 
 
@@ -146,7 +148,7 @@ def test_a_state_of_another_search_is_refused_by_name() -> None:
     state = make_search().state_dict()
     with pytest.raises(ValueError, match="of a search with other arguments: mutation_prob, seed"):
         make_search(seed=9, mutation_prob=0.5).load_state_dict(state)
-    with pytest.raises(ValueError, match="not the state of an evolutionary search: KeyError"):
+    with pytest.raises(ValueError, match="not the state of a search: KeyError"):
         make_search().load_state_dict({"settings": state["settings"]})
 
 
@@ -170,18 +172,20 @@ def test_golden_history_of_a_tiny_problem() -> None:
         for allocation in scored.candidate.allocations
     ]
     assert history == [
-        ("random", (3, 0), (8, 6), (8, 8)),
-        ("random", (3, 0), (6, 8), (6, 8)),
-        ("random", (2, 0), (8, 6), (8, 8)),
-        ("random", (3, 1), (8, 6), (8, 8)),
-        ("mutation", (3, 0), (8, 6), (6, 8)),
-        ("mutation", (3, 1), (6, 6), (8, 8)),
-        ("random", (2, 1), (8, 6), (8, 8)),
-        ("mutation", (3, 0), (6, 6), (8, 8)),
-        ("mutation", (2, 0), (8, 6), (6, 8)),
         ("random", (2, 0), (6, 8), (6, 8)),
+        ("random", (2, 0), (8, 6), (8, 8)),
+        ("random", (2, 0), (8, 6), (6, 8)),
+        ("random", (3, 0), (8, 6), (8, 8)),
+        ("mutation", (2, 1), (8, 6), (8, 8)),
+        ("mutation", (2, 0), (6, 6), (8, 8)),
+        ("random", (3, 1), (8, 6), (8, 8)),
+        ("mutation", (3, 1), (8, 6), (6, 8)),
+        ("mutation", (2, 1), (6, 6), (8, 8)),
+        ("random", (3, 0), (6, 8), (6, 8)),
     ]
-    assert search.statistics == SearchStatistics(num_repairs=3, num_duplicates=408, num_capped=2)
+    assert search.statistics == SearchStatistics(
+        num_draws=214, num_repairs=5, num_fills=3, num_duplicates=209, num_capped=2
+    )
 
 
 def test_a_small_space_is_asked_to_the_last_candidate_and_ends() -> None:
@@ -265,18 +269,53 @@ def test_tell_takes_exactly_what_was_asked() -> None:
         search.tell(dict.fromkeys(keys, 1.0))
 
 
-@pytest.mark.parametrize("fill", [False, True])
-def test_beats_random_search_at_equal_evaluations(fill: bool) -> None:
-    def best(seed: int, **changes: int) -> float:
-        search = make_search(seed=seed, fill=fill, num_generations=12, seed_candidates=(), **changes)
-        play(search)
-        assert len(search.history) == 144
-        assert search.best is not None
-        return search.best.score
+def test_the_default_beats_random_search_at_eighty_noisy_evaluations() -> None:
+    """Settings of conf/search/evolution.yaml; a score is off by 3 % or so, as with images of a fixed set of seeds."""
+    settings = {
+        "population_size": 10,
+        "num_parents": 5,
+        "num_mutants": 0,
+        "num_crossovers": 10,
+        "num_generations": 8,
+        "mutation_prob": 0.03,
+        "mutate_crossovers": True,
+        "sample_from": "highest",
+    }
 
-    evolved = [best(seed) for seed in range(4)]
-    random = [best(seed, num_mutants=0, num_crossovers=0) for seed in range(4)]
-    assert max(evolved) < min(random)
+    def found(search: Search) -> float:
+        while not search.finished:
+            rng = np.random.default_rng([search.seed, search.generation])
+            candidates = search.ask()
+            search.tell({c.key(): error_of(c) * (1 + 0.03 * rng.standard_normal()) for c in candidates})
+        assert len(search.history) == 80
+        assert search.best is not None
+        return error_of(search.best.candidate)
+
+    evolved = [found(make_search(**(settings | {"seed": seed}))) for seed in range(10)]
+    random = [
+        found(
+            RandomSearch(
+                SPACE,
+                COST,
+                COST.bitops(W6A6),
+                population_size=10,
+                num_generations=8,
+                seed=seed,
+                seed_candidates=(W6A6,),
+            )
+        )
+        for seed in range(10)
+    ]
+    assert sum(one < other for one, other in zip(evolved, random, strict=True)) >= 8
+    assert np.mean(evolved) < 0.9 * np.mean(random)
+
+
+def test_mutated_crossovers_hold_genes_of_no_parent() -> None:
+    search = make_search(num_mutants=0, num_crossovers=12, mutate_crossovers=True, mutation_prob=0.5, fill=False)
+    play(search, 2)
+    parents = {s.candidate.timesteps for s in search.history if s.generation == 0}
+    children = [s.candidate.timesteps for s in search.history if s.generation == 1]
+    assert any(t not in {p[i] for p in parents} for child in children for i, t in enumerate(child))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tmpq_exp.cost import CostModel, LinearShape
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.evolution import EvolutionSearch
-from tmpq_exp.search.module import SearchModule
+from tmpq_exp.search.module import Proxy, SearchModule
 from tmpq_exp.search.space import SearchSpace
 
 NUM_LAYERS = 6
@@ -109,6 +110,32 @@ def test_a_checkpoint_is_json_and_continues_to_the_same_end(done: int) -> None:
     run(second, 4 - done)
     assert second.history == whole.history
     assert second.stop_reason == whole.stop_reason
+
+
+class ToyProxy:
+    """Looks at the first timestep alone."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def evaluate(self, candidate: Candidate, phase: str, *, generation: int | None = None) -> Any:
+        assert phase == "proxy"
+        self.asked.append(candidate.key())
+        return SimpleNamespace(metrics={"psnr_db": 100.0 - candidate.timesteps[0]})
+
+
+def test_a_proxy_lets_the_most_promising_through() -> None:
+    search, objective, cheap = make_search(), ToyObjective(), ToyProxy()
+    proxy = Proxy(cheap, "psnr_db", 0.4)  # type: ignore[arg-type]
+    trainer(4).fit(SearchModule(search, objective, proxy))  # type: ignore[arg-type]
+    assert cheap.asked == [scored.candidate.key() for scored in search.history]
+    assert len(objective.asked) == 4 * 4  # 0.4 of eight, rounded up
+    for generation in range(4):
+        scored = [s for s in search.history if s.generation == generation]
+        promoted = [s.candidate.timesteps[0] for s in scored if math.isfinite(s.score)]
+        others = [s.candidate.timesteps[0] for s in scored if not math.isfinite(s.score)]
+        assert len(promoted) == 4
+        assert max(promoted) <= min(others)
 
 
 def test_the_note_shows_the_best_of_all_generations() -> None:

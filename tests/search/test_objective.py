@@ -59,6 +59,13 @@ class FakeMetric:
             raise self.raises
         return float(torch.cat(list(batches)).mean()) if self.value is None else self.value
 
+    def paired(self, images: Tensor, reference: Tensor) -> float:
+        return float((images - reference).square().mean())
+
+    def interval(self, batches: Any, num_resamples: int, seed: int) -> tuple[float, float]:
+        value = float(torch.cat(list(batches)).mean())
+        return value - num_resamples, value + num_resamples
+
     def fingerprint(self) -> dict[str, str]:
         return {"metric": self.name, "reference": self.reference}
 
@@ -90,7 +97,7 @@ def setup(tmp_path: Path) -> Setup:
         "cost": COST,
         "trials": trials,
         "reference_candidate": REFERENCE,
-        "supernet_state": "s",
+        "state": "s",
         "on_trial": told.append,
     }
     return Setup(FakeSupernet(), trials, told, arguments)
@@ -147,11 +154,11 @@ def test_a_candidate_whose_images_hold_nan_fails_and_the_next_one_is_scored(setu
     objective = setup.objective()
     failed = objective.evaluate(candidate(6), "search", generation=0)
     assert failed.error == "images held NaN or infinity"
-    assert failed.metrics == {"brightness": None, "psnr_db": None}
+    assert failed.metrics == {"brightness": None, "psnr_db": None, "feature_mse": None}
     assert failed.score("brightness") == float("inf")
     assert objective.evaluate(candidate(8), "search", generation=0).error is None
     calls = len(setup.supernet.calls)
-    assert TrialLog(setup.trials.path).find(candidate(6), objective.fingerprint) == failed
+    assert TrialLog(setup.trials.path).find(candidate(6), objective.fingerprint, "s") == failed
     assert objective.evaluate(candidate(6), "search", generation=1) is failed  # nor is it tried again
     assert len(setup.supernet.calls) == calls
 
@@ -172,6 +179,44 @@ def test_a_metric_that_breaks_down_is_a_failed_trial(metric: FakeMetric, cause: 
     assert trial.metrics["psnr_db"] is not None
 
 
+def test_other_quantizers_are_other_trials_under_the_same_fingerprint(setup: Setup) -> None:
+    first, other = setup.objective(), setup.objective(state="t")
+    assert first.fingerprint == other.fingerprint
+    trials = [objective.evaluate(candidate(8), "search") for objective in (first, other)]
+    assert [trial.index for trial in trials] == [0, 1]
+    assert [first.covers(trial) for trial in trials] == [True, False]
+
+
+def test_a_cheap_look_measures_the_distance_to_the_reference_alone(setup: Setup) -> None:
+    objective = setup.objective(metric=FakeMetric(raises=ValueError("never asked")), measures_quality=False)
+    trial = objective.evaluate(candidate(8), "proxy", generation=0)
+    assert trial.error is None
+    assert trial.metrics.keys() == {"psnr_db", "feature_mse"}
+    assert trial.metrics["feature_mse"] == pytest.approx((24 / 64) ** 2)
+
+
+def test_intervals_stand_beside_the_quality_where_they_are_asked_for(setup: Setup) -> None:
+    assert setup.objective().evaluate(candidate(8), "search").intervals is None
+    trial = setup.objective(bootstrap=2, protocol=Protocol(4, 9, 2)).evaluate(candidate(8), "final")
+    assert trial.intervals == {"brightness": pytest.approx([8 / 64 - 2, 8 / 64 + 2])}
+    assert TrialLog(setup.trials.path).trials[-1] == trial
+
+
+def test_what_an_earlier_run_measured_is_recorded_and_not_measured(setup: Setup, tmp_path: Path) -> None:
+    measured = setup.objective().evaluate(candidate(8), "search", generation=3)
+    log = TrialLog(tmp_path / "later" / "trials.jsonl", [tmp_path])
+    log.path.parent.mkdir()
+    calls = len(setup.supernet.calls)
+    later = setup.objective(trials=log)
+    trial = later.evaluate(candidate(8), "random", generation=0)
+    assert (trial.index, trial.phase, trial.generation, trial.source) == (0, "random", 0, str(tmp_path))
+    assert trial.metrics == measured.metrics
+    assert later.evaluate(candidate(8), "search") is trial
+    assert TrialLog(log.path).trials == [trial]
+    assert len(setup.supernet.calls) == calls
+    assert setup.objective(trials=log, state="t").evaluate(candidate(8), "search").source is None
+
+
 def test_a_broken_program_is_no_failed_candidate(setup: Setup) -> None:
     with pytest.raises(TypeError):
         setup.objective(metric=FakeMetric(raises=TypeError())).evaluate(candidate(8), "search")
@@ -184,7 +229,7 @@ def test_the_fingerprint_changes_with_all_that_a_figure_depends_on(setup: Setup)
         setup.objective(protocol=Protocol(6, 3, 2)),
         setup.objective(protocol=Protocol(5, 4, 2)),
         setup.objective(protocol=Protocol(5, 3, 3)),
-        setup.objective(supernet_state="t"),
+        setup.objective(measures_quality=False),
         setup.objective(reference_candidate=candidate(32, 32)),
         setup.objective(metric=FakeMetric(reference="q")),
     ]

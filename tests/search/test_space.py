@@ -1,4 +1,6 @@
-"""Search space: operators stay inside it, and fitting to a budget ends, below the ceiling and close to it."""
+"""Search space: operators stay inside it, genes come from parents, and arrays and candidates say the same."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,8 +9,8 @@ from hypothesis import strategies as st
 
 from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, LinearShape
 from tmpq_exp.diffusion.schedule import TimestepRule, timestep_groups
-from tmpq_exp.quant.allocation import FLOAT_BITS, Allocation, Candidate
-from tmpq_exp.search.space import Budget, SearchSpace
+from tmpq_exp.quant.allocation import Allocation, Candidate
+from tmpq_exp.search.space import BitsPerStep, SearchSpace
 
 LAYERS: tuple[LayerShape, ...] = (
     ConvShape("first", 3, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, 16, 16),
@@ -21,19 +23,23 @@ COST = CostModel(LAYERS, calls_per_step=2)
 BITS = (8, 7, 6, 5)
 
 
-def make_space(num_groups: int = 5, float_bits: bool = False) -> SearchSpace:
-    bits = (*BITS, FLOAT_BITS) if float_bits else BITS
+JOINT_K = {"min_steps": 2, "max_steps": 8, "min_steps_per_group": 0, "max_steps_per_group": 3}
+KINDS: dict[str, dict[str, Any]] = {
+    "shared": {},
+    "per_step": {"bits_per_step": "per_step"},
+    "joint_k": JOINT_K,
+    "joint_k per_step": JOINT_K | {"bits_per_step": "per_step"},
+}
+
+
+def make_space(num_groups: int = 5, **arguments: Any) -> SearchSpace:
     return SearchSpace(
         timestep_groups(100, num_groups, TimestepRule.QUADRATIC),
-        weight_choices=((8,), bits, bits, bits, (8,)),
-        act_choices=((8,), bits, bits, bits, bits),
+        weight_choices=((8,), BITS, BITS, BITS, (8,)),
+        act_choices=((8,), BITS, BITS, BITS, BITS),
         tile_choices=((0,), (0, 2, 4, 6), (0,), (0,), (0,)),
+        **arguments,
     )
-
-
-def uniform_budget(space: SearchSpace, bits: int) -> int:
-    timesteps = tuple(group[0] for group in reversed(space.timestep_groups))
-    return COST.bitops(space.uniform(timesteps, bits, bits))
 
 
 seeds = st.integers(0, 2**32)
@@ -44,26 +50,56 @@ def test_counts_of_genes_and_candidates() -> None:
     sizes = [len(group) for group in space.timestep_groups]
     assert space.num_genes == sum(size > 1 for size in sizes) + 3 + 4 + 1
     assert space.num_candidates == int(np.prod(sizes)) * 4**8
-    assert (space.num_steps, space.num_layers) == (5, 5)
+    assert space.num_layers == 5
 
 
-@given(seeds)
-def test_operators_stay_in_the_space(seed: int) -> None:
-    space, rng = make_space(), np.random.default_rng(seed)
-    first, second = space.sample(rng), space.sample(rng)
+@given(seeds, st.sampled_from(list(KINDS)))
+def test_operators_stay_in_the_space(seed: int, kind: str) -> None:
+    space, rng = make_space(**KINDS[kind]), np.random.default_rng(seed)
+    first, second = space.sample(rng), space.sample(rng, highest_bits=True)
     for candidate in (first, second, space.mutate(first, 0.5, rng), space.crossover(first, second, rng)):
         assert space.contains(candidate)
+        assert space.decode(candidate.timesteps, space.encode(candidate)) == candidate
+
+
+@given(seeds, st.sampled_from(list(KINDS)))
+def test_crossover_takes_every_gene_from_a_parent(seed: int, kind: str) -> None:
+    space, rng = make_space(**KINDS[kind]), np.random.default_rng(seed)
+    first, second = space.sample(rng), space.sample(rng)
+    child = space.crossover(first, second, rng)
+    parents = first.allocations + second.allocations
+    for allocation in child.allocations:
+        for name in ("weight_bits", "act_bits", "tiles"):
+            held = zip(*(getattr(parent, name) for parent in parents), strict=True)
+            assert all(gene in genes for gene, genes in zip(getattr(allocation, name), held, strict=True))
+    assert set(child.timesteps) <= {*first.timesteps, *second.timesteps}
 
 
 @given(seeds)
-def test_crossover_takes_every_gene_from_a_parent(seed: int) -> None:
-    space, rng = make_space(), np.random.default_rng(seed)
-    first, second = space.sample(rng), space.sample(rng)
+def test_where_parents_have_the_same_steps_each_step_crosses_alone(seed: int) -> None:
+    space, rng = make_space(bits_per_step="per_step"), np.random.default_rng(seed)
+    first = space.sample(rng)
+    second = Candidate(first.timesteps, space.sample(rng).allocations)
     child = space.crossover(first, second, rng)
-    for field in ("weight_bits", "act_bits", "tiles"):
-        genes = zip(*(getattr(c.allocations[0], field) for c in (child, first, second)), strict=True)
-        assert all(gene in parents for gene, *parents in genes)
-    assert all(t in parents for t, *parents in zip(child.timesteps, first.timesteps, second.timesteps, strict=True))
+    assert child.timesteps == first.timesteps
+    for step in range(5):
+        mine, *parents = (c.allocation_at(step).weight_bits for c in (child, first, second))
+        assert all(gene in genes for gene, *genes in zip(mine, *parents, strict=True))
+
+
+def test_steps_that_agree_are_written_as_one_allocation() -> None:
+    space = make_space(bits_per_step="per_step")
+    candidate = space.uniform((90, 60, 30, 5, 0), 6, 6)
+    assert space.encode(candidate).shape == (3, 5, 5)
+    assert space.decode(candidate.timesteps, space.encode(candidate)) == candidate
+    assert space.contains(Candidate(candidate.timesteps, space.sample(np.random.default_rng(0)).allocations))
+
+
+def test_counts_with_a_free_number_of_steps_and_bits_per_step() -> None:
+    bits = ((8, 6),)
+    space = SearchSpace((range(2), range(2, 4)), bits, bits, ((0,),), 1, 2, 0, 2, BitsPerStep.PER_STEP)
+    assert space.num_candidates == 4 * 4 + 6 * 4**2
+    assert space.num_genes == 2 + 2 * 2
 
 
 def test_mutation_redraws_the_expected_share_of_genes() -> None:
@@ -112,62 +148,6 @@ def test_cheapest_is_the_minimum_over_the_whole_space() -> None:
     assert cheapest.allocations[0].weight_bits == (8, 5, 5, 5, 8)
 
 
-@given(seeds, st.sampled_from([0.0, 0.001, 0.1, 0.5, 1.0]), st.booleans())
-def test_repair_and_fill_end_within_any_budget(seed: int, position: float, float_bits: bool) -> None:
-    space, rng = make_space(float_bits=float_bits), np.random.default_rng(seed)
-    low = COST.bitops(space.cheapest(COST))
-    budget = Budget(space, COST, low + int(position * (uniform_budget(space, 8) - low)))
-    repaired = budget.repair(space.sample(rng), rng)
-    filled = budget.fill(repaired, rng)
-    assert COST.bitops(repaired) <= COST.bitops(filled) <= budget.budget_bitops
-    assert space.contains(repaired)
-    assert space.contains(filled)
-
-
-@given(seeds)
-def test_no_gene_of_a_filled_candidate_can_be_raised(seed: int) -> None:
-    space, rng = make_space(), np.random.default_rng(seed)
-    budget = Budget(space, COST, uniform_budget(space, 6))
-    filled = budget.fill(budget.repair(space.sample(rng), rng), rng)
-    (allocation,) = filled.allocations
-    for layer, choices in enumerate(space.act_choices):
-        for choice in choices:
-            if choice > allocation.act_bits[layer]:
-                act_bits = (*allocation.act_bits[:layer], choice, *allocation.act_bits[layer + 1 :])
-                raised = Allocation(allocation.weight_bits, act_bits, allocation.tiles)
-                assert not budget.is_feasible(Candidate(filled.timesteps, (raised,)))
-
-
-def test_repair_leaves_feasible_candidates_and_timesteps_alone() -> None:
-    space, rng = make_space(), np.random.default_rng(0)
-    budget = Budget(space, COST, uniform_budget(space, 6))
-    feasible = space.cheapest(COST)
-    assert budget.repair(feasible, rng) is feasible
-    costly = space.uniform(space.sample(rng).timesteps, 8, 8)
-    assert budget.repair(costly, rng).timesteps == costly.timesteps
-    assert budget.fill(feasible, rng).timesteps == feasible.timesteps
-
-
-def test_repair_and_fill_repeat_under_one_seed() -> None:
-    space = make_space()
-    budget = Budget(space, COST, uniform_budget(space, 6))
-
-    def fit(seed: int) -> Candidate:
-        rng = np.random.default_rng(seed)
-        return budget.fill(budget.repair(space.sample(rng), rng), rng)
-
-    assert fit(3) == fit(3)
-    assert len({fit(seed) for seed in range(20)}) == 20
-
-
-def test_a_budget_below_the_cheapest_candidate_names_it() -> None:
-    space = make_space()
-    cheapest = COST.bitops(space.cheapest(COST))
-    assert Budget(space, COST, cheapest).cheapest_bitops == cheapest
-    with pytest.raises(ValueError, match=f"at least {cheapest} .*cheapest.*found {cheapest - 1}"):
-        Budget(space, COST, cheapest - 1)
-
-
 def test_bad_spaces_are_named() -> None:
     bits = ((8, 6),)
     with pytest.raises(ValueError, match="timestep_groups must not be empty"):
@@ -179,5 +159,3 @@ def test_bad_spaces_are_named() -> None:
         SearchSpace((range(3),), bits, bits * 2, bits)
     with pytest.raises(ValueError, match="act_choices of layer 0 must be distinct"):
         SearchSpace((range(3),), bits, ((8, 8),), bits)
-    with pytest.raises(ValueError, match="space has 5 layers and cost has 1"):
-        Budget(make_space(), CostModel(LAYERS[:1]), 10**12)

@@ -40,6 +40,7 @@ def trial(number: int, **changes: Any) -> Trial:
         "num_images": 4,
         "seed": 2**52 + 1,
         "fingerprint": "f",
+        "state": "s",
     }
     return Trial(**(arguments | changes))
 
@@ -58,10 +59,30 @@ def test_a_log_reads_back_what_was_appended(tmp_path: Path) -> None:
     assert log.trials == [trial(0), trial(1), trial(2)]
     assert log.warnings == []
     assert log.num_lines == 3
-    assert log.find(candidate(1), "f") == trial(1)
-    assert log.find(candidate(1), "another protocol") is None
+    assert log.find(candidate(1), "f", "s") == trial(1)
+    assert log.find(candidate(1), "another protocol", "s") is None
+    assert log.find(candidate(1), "f", "other quantizers") is None
     assert log.of_phase("search", "final") == log.trials
     assert log.of_phase("final") == []
+
+
+def test_trials_of_other_runs_are_found_apart(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    written(tmp_path / "before" / "trials.jsonl", 3)
+    with (tmp_path / "before" / "trials.jsonl").open("ab") as file:
+        file.write(b"cut")
+    log = TrialLog(tmp_path / "trials.jsonl", [tmp_path / "before"])
+    assert log.trials == []
+    assert log.warnings == []
+    assert (tmp_path / "before" / "trials.jsonl").read_bytes().endswith(b"cut")  # the other run's file stays as it is
+    assert log.find(candidate(1), "f", "s") is None
+    assert log.find_elsewhere(candidate(1), "f", "s") == trial(1, source=str(tmp_path / "before"))
+    assert log.find_elsewhere(candidate(1), "g", "s") is None
+    assert log.find_elsewhere(candidate(5), "f", "s") is None
+    TrialLog(tmp_path / "before" / "trials.jsonl").append(trial(5))  # the other run goes on
+    assert log.find_elsewhere(candidate(5), "f", "s") == trial(5, source=str(tmp_path / "before"))
+    with pytest.raises(UserError, match=r"nowhere/trials\.jsonl cannot be read"):
+        TrialLog(tmp_path / "trials.jsonl", [tmp_path / "nowhere"])
 
 
 @settings(max_examples=40, deadline=None)
@@ -142,7 +163,7 @@ def test_a_disk_that_fills_up_keeps_earlier_trials(tmp_path: Path, monkeypatch: 
         ):
             log.append(trial(2))
     assert path.read_bytes() == whole
-    assert log.find(candidate(2), "f") is None
+    assert log.find(candidate(2), "f", "s") is None
     log.append(trial(2))  # room was made
     assert TrialLog(path).trials == [trial(0), trial(1), trial(2)]
 
@@ -161,7 +182,7 @@ try:
     for i in range(len(log.trials), 1000):
         candidate = Candidate((i + 1, 0), (Allocation((8,) * 50, (6,) * 50, (0,) * 50),))
         log.append(
-            Trial(i, "search", None, 0, candidate.key(), candidate.to_json(), 1, 1, 1, {"fd": 1.0}, 4, 0, "f")
+            Trial(i, "search", None, 0, candidate.key(), candidate.to_json(), 1, 1, 1, {"fd": 1.0}, 4, 0, "f", "s")
         )
 except UserError as error:
     print(error)

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tmpq_exp.diffusion.schedule import linear_alphas_cumprod
-from tmpq_exp.zoo.digits import DigitsFeatureNetwork
-from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, Recipe, TrainingModule
+from tmpq_exp.zoo.digits import DigitsClassifier
+from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, Recipe, TrainingModule, random_flip_and_shift
 
 
 @pytest.mark.parametrize(
@@ -121,10 +122,39 @@ def test_the_loss_of_the_true_noise_is_zero_and_that_of_silence_is_one() -> None
         assert module.loss(images, labels).item() == pytest.approx(expected, abs=0.05 if expected else 1e-6)
 
 
+def test_min_snr_weighs_noisy_timesteps_in_full_and_clean_ones_less() -> None:
+    alphas_cumprod = linear_alphas_cumprod(100, 1e-3, 0.2)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    module = DiffusionTraining(Denoiser(), Recipe(1, 1.0), alphas_cumprod, False, min_snr_gamma=5.0)
+    weight = module.get_buffer("loss_weight")
+    assert torch.equal(weight[snr <= 5], torch.ones(int((snr <= 5).sum())))
+    torch.testing.assert_close(weight[snr > 5], (5 / snr[snr > 5]).float())
+
+
+def test_flip_and_shift_moves_whole_images() -> None:
+    torch.manual_seed(0)
+    images = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 1, 1, 1)
+    padded = F.pad(images[:1], (2, 2, 2, 2), mode="reflect")[0, 0]
+    windows = [padded[i : i + 8, j : j + 8] for i in range(5) for j in range(5)]
+    windows += [
+        F.pad(images[:1].flip(3), (2, 2, 2, 2), mode="reflect")[0, 0][i : i + 8, j : j + 8]
+        for i in range(5)
+        for j in range(5)
+    ]
+    moved = random_flip_and_shift(images, pixels=2)
+    assert moved.shape == images.shape
+    assert all(any(torch.equal(image[0], window) for window in windows) for image in moved)
+    assert len({tuple(image.flatten().tolist()) for image in moved}) > 40  # of 50
+
+
 def test_the_shipped_weights_are_the_average(tmp_path: Path) -> None:
     torch.manual_seed(0)
     decay, num_steps = 0.5, 3
-    module = ClassifierTraining(DigitsFeatureNetwork(), Recipe(num_steps, 1e-2, warmup_steps=0, ema_decay=decay))
+    module = ClassifierTraining(
+        DigitsClassifier().architecture(),
+        Recipe(num_steps, 1e-2, warmup_steps=0, ema_decay=decay),
+        lambda images: images,
+    )
     weights: list[Tensor] = []
     update = module.average.update_parameters
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from pytorch_fid.fid_score import calculate_frechet_distance
-from scipy.linalg import LinAlgWarning
 from torch import Tensor
 
 from tmpq_exp.data import to_uint8
-from tmpq_exp.zoo.digits import EMBEDDED, DigitsClassifier
+from tmpq_exp.zoo.cifar import CifarClassifier
+from tmpq_exp.zoo.digits import DigitsClassifier
+from tmpq_exp.zoo.embedded import EmbeddedClassifier, embedded_file
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 
@@ -31,6 +31,21 @@ class FeatureNetwork(Protocol):
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, for the fingerprint."""
         ...
+
+    def to(self, device: torch.device) -> FeatureNetwork:
+        """Itself, moved."""
+        ...
+
+
+FEATURE_BATCH = 500
+"""Images a forward of the feature network, at most, where batches are not given."""
+
+
+@torch.inference_mode()
+def features_of(network: FeatureNetwork, images: Tensor) -> Tensor:
+    """Features in float64 of images in [0, 1], rounded to uint8 first, as saved images would be."""
+    features: Tensor = network.to(images.device).features(to_uint8(images).float() / 255)
+    return features.double()
 
 
 @dataclass(frozen=True)
@@ -81,8 +96,8 @@ class FeatureSums:
 
     @torch.inference_mode()
     def update(self, images: Tensor) -> None:
-        """Add images in [0, 1], ``(N, C, H, W)``; they are rounded to uint8 first, as saved images would be."""
-        features = self.network.features(to_uint8(images).float() / 255).double()
+        """Add images in [0, 1], ``(N, C, H, W)``, where they are; the network follows them."""
+        features = features_of(self.network, images)
         self._sum += features.sum(0).cpu()
         self._outer += (features.T @ features).cpu()
         self.num_images += len(images)
@@ -101,17 +116,33 @@ class FeatureSums:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Squared Frechet distance between two Gaussians, by pytorch-fid.
+    """Squared Frechet distance between two Gaussians.
 
     References:
         Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
         NeurIPS 2017, equation (6).
+
+    Differs from pytorch-fid in how the trace of the matrix root is found: see ``_distance``.
     """
-    arguments: list[np.ndarray] = [a.mean.numpy(), a.covariance.numpy(), b.mean.numpy(), b.covariance.numpy()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LinAlgWarning)  # features that are always 0 make singular covariances
-        warnings.filterwarnings("ignore", ".*disp. argument", DeprecationWarning)  # pytorch-fid with scipy 1.17
-        return float(calculate_frechet_distance(*arguments))
+    return _distance(a.mean, a.covariance, b, _root(b.covariance))
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R with R R^T = covariance, ``(d, d)``; eigenvalues below zero are rounding and count as zero."""
+    found = torch.linalg.eigh(covariance)
+    root: Tensor = found.eigenvectors * found.eigenvalues.clamp(min=0).sqrt()
+    return root
+
+
+def _distance(mean: Tensor, covariance: Tensor, reference: FeatureStatistics, root: Tensor) -> float:
+    """Distance to a reference whose root is known.
+
+    The eigenvalues of C C_ref are those of R^T C R with R R^T = C_ref, which is symmetric: no general matrix root, and
+    covariances without full rank need no correction.
+    """
+    values = torch.linalg.eigvalsh(root.T @ covariance @ root).clamp(min=0)
+    traces = covariance.trace() + reference.covariance.trace() - 2 * values.sqrt().sum()
+    return float((mean - reference.mean).square().sum() + traces)
 
 
 @dataclass(frozen=True)
@@ -122,18 +153,70 @@ class FrechetMetric:
         name: Named after the feature network; ``fid`` is reserved for InceptionV3.
         network: Feature network in eval mode.
         reference: Statistics of the reference images under that network.
+        image_shape: ``(C, H, W)`` of the images it takes; None takes any.
     """
 
     name: str
     network: FeatureNetwork
     reference: FeatureStatistics
+    image_shape: tuple[int, int, int] | None = None
 
     def __call__(self, batches: Iterable[Tensor]) -> float:
         """Distance of images in [0, 1], given in batches of ``(N, C, H, W)``."""
         sums = FeatureSums(self.network)
         for images in batches:
             sums.update(images)
-        return frechet_distance(sums.statistics(), self.reference)
+        found = sums.statistics()
+        return _distance(found.mean, found.covariance, self.reference, self._reference_root)
+
+    @cached_property
+    def _reference_root(self) -> Tensor:
+        return _root(self.reference.covariance)
+
+    def paired(self, images: Tensor, reference: Tensor) -> float:
+        """Mean over images of the squared distance between an image's features and its reference image's.
+
+        Says how far a model's images are from another's at the same seeds, with little noise at few images; a cheap
+        proxy where candidates are many.
+
+        Args:
+            images, reference: Images in [0, 1] of the same seeds in the same order, ``(N, C, H, W)``.
+        """
+        distances = [
+            (features_of(self.network, a) - features_of(self.network, b)).square().sum(1)
+            for a, b in zip(torch.split(images, FEATURE_BATCH), torch.split(reference, FEATURE_BATCH), strict=True)
+        ]
+        return float(torch.cat(distances).mean())
+
+    def interval(self, batches: Iterable[Tensor], num_resamples: int, seed: int) -> tuple[float, float]:
+        """Bootstrap interval of the distance over images, 95 %.
+
+        A resample holds fewer distinct images and so lies higher than the distance itself; its quantiles are taken
+        around the mean of the resamples and moved to the distance.
+
+        Args:
+            batches: Images in [0, 1].
+            num_resamples: At least 2.
+            seed: Of the resampling.
+
+        References:
+            Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Differs from its percentile
+            interval by the centring.
+        """
+        features = torch.cat([features_of(self.network, images).cpu() for images in batches])
+        rng = np.random.default_rng(seed)
+        once = np.ones(len(features))
+        weights = [once, *(rng.multinomial(len(features), once / len(features)) for _ in range(num_resamples))]
+        distance, *resampled = [self._weighted(features, torch.from_numpy(w).double()) for w in weights]
+        low, high = np.quantile(resampled, (0.025, 0.975)) - np.mean(resampled)
+        return float(distance + low), float(distance + high)
+
+    def _weighted(self, features: Tensor, weights: Tensor) -> float:
+        """Distance where each image counts as often as its weight says."""
+        mean = weights @ features / weights.sum()
+        centred = features - mean
+        covariance = (centred.T * weights) @ centred / (weights.sum() - 1)
+        return _distance(mean, covariance, self.reference, self._reference_root)
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes of what the number depends on."""
@@ -152,11 +235,24 @@ def digits_frechet(checkpoint: str | None = None, reference: str | None = None) 
         checkpoint: Other classifier weights; the reference must then be theirs.
         reference: Other reference statistics, as safetensors.
     """
-    network = DigitsClassifier(checkpoint).load()
-    path = Path(reference) if reference else EMBEDDED / DigitsClassifier.name / "reference.safetensors"
+    return _frechet("fd_digits", DigitsClassifier(checkpoint), reference)
+
+
+def cifar10_frechet(checkpoint: str | None = None, reference: str | None = None) -> FrechetMetric:
+    """``fd_cifar10``: features of the embedded CIFAR-10 classifier, against the training images of cifar10-jpeg.
+
+    Args:
+        checkpoint, reference: See ``digits_frechet``.
+    """
+    return _frechet("fd_cifar10", CifarClassifier(checkpoint), reference)
+
+
+def _frechet(name: str, classifier: EmbeddedClassifier, reference: str | None) -> FrechetMetric:
+    network = classifier.load()
+    path = Path(reference) if reference else embedded_file(classifier.name, "reference.safetensors")
     statistics = FeatureStatistics.load(path)
     if len(statistics.mean) != network.num_features:
         raise ValueError(
             f"reference statistics: {path} has {len(statistics.mean)} features, the network {network.num_features}"
         )
-    return FrechetMetric("fd_digits", network, statistics)
+    return FrechetMetric(name, network, statistics, classifier.image_shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tmpq_exp.config import QuantConfig
-from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
+from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import Allocation, Candidate
 from tmpq_exp.quant.layers import (
     LayerSetting,
@@ -27,7 +27,7 @@ from tmpq_exp.quant.layers import (
 from tmpq_exp.quant.quantizer import Quantizer
 from tmpq_exp.quant.seams import find_seams
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec
-from tmpq_exp.winograd.transform import WinogradScales, ineligible_reason
+from tmpq_exp.winograd.transform import WinogradScales
 from tmpq_exp.zoo.task import DiffusionTask
 
 PRODUCTS_SUFFIX = ".products"
@@ -219,11 +219,6 @@ def _with_fixed_dtype(network: nn.Module) -> nn.Module:
     return network
 
 
-def is_eligible(shape: ConvShape) -> bool:
-    """Whether a convolution can be computed with F(m, 3)."""
-    return ineligible_reason(shape.kernel_size, shape.stride, shape.dilation, shape.groups) is None
-
-
 class SupernetModule(L.LightningModule):
     """Builds the supernet of a task and makes images with any of its subnets.
 
@@ -282,7 +277,7 @@ class SupernetModule(L.LightningModule):
             self._request = None
 
     def predict_step(self, batch: int, batch_idx: int) -> Tensor:
-        """Images of one micro-batch, on the CPU."""
+        """Images of one micro-batch."""
         assert self._request is not None, "predict outside `requesting`"
         candidate, micro_batches, seed = self._request
-        return self.images(candidate, micro_batches[batch], seed).cpu()
+        return self.images(candidate, micro_batches[batch], seed)

@@ -84,18 +84,20 @@ def trials_chart(view: SearchView) -> dict[str, Any]:
     }
 
 
-def progress_chart(view: SearchView) -> dict[str, Any]:
+def progress_chart(view: SearchView, random: Sequence[float | None] = ()) -> dict[str, Any]:
     """Best value within the budget after each evaluation, over all values.
 
     Args:
         view: Points of the search, at least one searched candidate.
+        random: Best value so far of a random search beside it; None before its first value.
 
     Returns:
         Everything the template draws.
     """
     values = [point.value for point in view.searched]
-    x = Axis.around([1.0, float(len(values))], _LEFT, _RIGHT)
-    y = Axis.around(values, _BOTTOM, _TOP, is_log=is_log_scale(values))
+    beside = {i: value for i, value in enumerate(random, 1) if value is not None}
+    x = Axis.around([1.0, float(max(len(values), len(random)))], _LEFT, _RIGHT)
+    y = Axis.around([*values, *beside.values()], _BOTTOM, _TOP, is_log=is_log_scale(values))
     steps = [(x.at(i), y.at(value)) for i, value in enumerate(view.progress, 1) if math.isfinite(value)]
     known = [value for value in view.progress if math.isfinite(value)]
     return {
@@ -105,6 +107,7 @@ def progress_chart(view: SearchView) -> dict[str, Any]:
             for i, point in enumerate(view.searched, 1)
         ],
         "line": _stairs(steps),
+        "random": _stairs([(x.at(i), y.at(value)) for i, value in beside.items()]),
         "last": {"x": steps[-1][0], "y": steps[-1][1], "text": f"{known[-1]:.4g}"} if steps else None,
     }
 

@@ -32,6 +32,7 @@ REPORT_KEYS: Mapping[str, str] = {
     "calibration": "[{unit, bits, loss_before, loss_after}]: squared output error of every block; empty for ranges",
     "winograd": "one element a tile, see WINOGRAD_KEYS; empty if no tile was examined",
     "search": "see SEARCH_KEYS",
+    "evidence": "how far the search's figures can be trusted, see EVIDENCE_KEYS",
     "stages": "seconds of wall time, by name of the stage",
     "warnings": "sentences that a reader of the figures must know",
 }
@@ -45,6 +46,7 @@ ENTRY_KEYS: Mapping[str, str] = {
     "macs": "multiply-accumulates of the whole trajectory of one image, guidance included",
     "weight_bytes": "bytes of the weights at their bit widths, scales excluded",
     "metrics": "name -> value or null; null where a value is not defined or not finite",
+    "intervals": "name -> [low, high]: 95 % bootstrap interval over images of a metric; empty where not asked for",
     "num_images": "images the metrics were measured on",
     "seed": "seed those images started from",
 }
@@ -52,6 +54,7 @@ ENTRY_KEYS: Mapping[str, str] = {
 
 BEST_KEYS: Mapping[str, str] = {
     "metrics_supernet": "metrics of the same candidate inside the supernet, before it was specialized",
+    "recalibration": "null, or {shipped, selection, metrics_recalibrated}: the candidate calibrated for its own bits",
     "candidate": "{timesteps, allocations}: the candidate itself, as in the recipe",
     "layers": "names of the quantized layers in the order of the allocation",
     "weighted": "one boolean a layer: false for attention products, which have no weights",
@@ -74,8 +77,19 @@ SEARCH_KEYS: Mapping[str, str] = {
 }
 """Keys of ``search``."""
 
+EVIDENCE_KEYS: Mapping[str, str] = {
+    "seeds": "{search, selection, final}: seeds of the image streams; no two are the same",
+    "score_noise": "the best found's score on its own seed and on others, with intervals over images and over seeds",
+    "rank_correlation": "[{between, tau, p_value, num_candidates}]: Kendall's tau between two scores of candidates",
+    "progress": "{search, random}: best score after each evaluation, of the search and of a random search beside it",
+}
+"""Keys of ``evidence``."""
+
 BASELINE_NAMES = ("float_reference", "float_k", "w8a8", "w6a6")
 """Baselines that every report has, in the order of the table."""
+
+SPACINGS = ("leading", "trailing")
+"""Schedules of further baselines, in their names behind the bits; the others are quadratic."""
 
 _HIGHER_IS_BETTER = ("psnr", "ssim", "clip", "inception_score", "accuracy", "sqnr")
 
@@ -100,6 +114,7 @@ def validate_report(report: Mapping[str, Any]) -> None:
     _require(report["fingerprint"], ("search", "final"), "report.fingerprint")
     _require(report["budget"], ("bitops", "name"), "report.budget")
     _require(report["search"], SEARCH_KEYS, "report.search")
+    _require(report["evidence"], EVIDENCE_KEYS, "report.evidence")
     _require(report["best"], (*ENTRY_KEYS, *BEST_KEYS), "report.best")
     names = [entry.get("name") for entry in report["baselines"]]
     for name in BASELINE_NAMES:
@@ -190,7 +205,8 @@ def entry_label(entry: Mapping[str, Any], *, is_best: bool = False) -> str:
         return "Best found"
     if str(entry["name"]).startswith("float"):
         return f"Float, {len(entry['timesteps'])} steps"
-    return str(entry["bits"]["label"])
+    _, _, spacing = str(entry["name"]).partition("_")
+    return f"{entry['bits']['label']}, {spacing}" if spacing in SPACINGS else str(entry["bits"]["label"])
 
 
 def table_rows(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -73,7 +73,7 @@ def report_html(
         "rows": _rows(content, view),
         "has_search_values": bool(view.baselines or content.get("search_baselines")),
         "trials_chart": trials_chart(view) if view.searched else None,
-        "progress_chart": progress_chart(view) if view.searched else None,
+        "progress_chart": progress_chart(view, content["evidence"]["progress"]["random"]) if view.searched else None,
         "view": view,
         "samples": _strips(samples) if samples else [],
         "pictures": _embedded(pictures, bool(view.searched), bool(samples)),
@@ -81,6 +81,7 @@ def report_html(
         "legend": _legend(content["best"]),
         "layers": _layer_table(content["best"]),
         "schedules": _schedules(content),
+        "evidence": _evidence(content),
         "stages": _stages(content["stages"]),
         "front": [_row(content, entry_label(entry), entry) for entry in content["front"]],
     }
@@ -128,6 +129,7 @@ def _row(report: Mapping[str, Any], label: str, entry: Mapping[str, Any]) -> dic
         "bits": mean_bits(entry),
         "num_steps": len(entry["timesteps"]),
         "quality": entry["metrics"][report["metric"]],
+        "interval": _interval(entry["intervals"].get(report["metric"])),
         "psnr_db": entry["metrics"].get("psnr_db"),
         "gbitops": entry["bitops"] / 1e9,
         "saving": saving_factor(report, entry),
@@ -270,6 +272,29 @@ def _schedules(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for label, entry in pairs
     ]
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "" if bounds is None else f"{number(bounds[0])} to {number(bounds[1])}"
+
+
+def _evidence(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page says about the noise of the score and about the random search."""
+    noise, progress = report["evidence"]["score_noise"], report["evidence"]["progress"]
+    seeds = noise["over_seeds"]
+    found, random = (values[-1] if values else None for values in (progress["search"], progress["random"]))
+    return {
+        "num_images": noise["num_images"],
+        "own": noise["scores"][0],
+        "over_images": _interval(noise["over_images"]["interval"]),
+        "others": [number(score) for score in noise["scores"][1:]],
+        "mean": seeds["mean"],
+        "over_seeds": _interval(seeds["interval"]),
+        "found": found,
+        "random": random,
+        "num_random": len(progress["random"]),
+        "correlations": report["evidence"]["rank_correlation"],
+    }
 
 
 def _stages(stages: Mapping[str, float | None]) -> list[dict[str, Any]]:

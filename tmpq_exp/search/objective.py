@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from numpy.linalg import LinAlgError
@@ -49,8 +49,14 @@ class Protocol:
             missing -= len(images)
 
 
+PROXIES = ("psnr_db", "feature_mse")
+"""Metrics against the float reference's images of the same seeds."""
+
+
 class Objective:
     """Scores candidates under one protocol, each at most once.
+
+    Every trial has ``psnr_db`` and ``feature_mse``, both against the float reference's images of the same seeds.
 
     Args:
         module: Supernet.
@@ -58,9 +64,11 @@ class Objective:
         protocol: Which images.
         cost: Prices candidates.
         trials: Where evaluations are kept and looked up.
-        reference_candidate: Float schedule whose images, at the same seeds, are the reference of ``psnr_db``.
-        supernet_state: Hash of what the supernet computes with, part of the fingerprint.
+        reference_candidate: Float schedule whose images, at the same seeds, are the reference of the proxies.
+        state: Hash of the quantizers and transform scales that the supernet computes with.
         on_trial: Called with every new trial.
+        measures_quality: Whether the quality metric is measured; without it a trial has the proxies alone.
+        bootstrap: Resamples behind the quality's interval over images; 0 leaves it out.
     """
 
     def __init__(
@@ -72,18 +80,21 @@ class Objective:
         trials: TrialLog,
         *,
         reference_candidate: Candidate,
-        supernet_state: str,
+        state: str,
         on_trial: Callable[[Trial], None],
+        measures_quality: bool = True,
+        bootstrap: int = 0,
     ) -> None:
         self.module, self.metric, self.protocol, self.cost, self.trials = module, metric, protocol, cost, trials
         self.reference_candidate, self._on_trial = reference_candidate, on_trial
+        self.state, self.measures_quality, self.bootstrap = state, measures_quality, bootstrap
         self._reference: Tensor | None = None
         task = module.task
+        is_cuda = module.device.type == "cuda"
         self.fingerprint_parts = {
             **metric.fingerprint(),
             **asdict(protocol),
             "model": task.weights_hash,
-            "supernet": supernet_state,
             "schedule": content_hash({"alphas_cumprod": task.alphas_cumprod}),
             "sample_shape": list(task.sample_shape),
             "num_classes": task.num_classes,
@@ -91,16 +102,22 @@ class Objective:
             "sampler": f"ddim, eta 0, clip_sample {task.clip_sample}",
             "psnr_reference": reference_candidate.key(),
             "dtype": "float32",
+            "tf32": torch.backends.cudnn.allow_tf32 if is_cuda else None,
             "resize": "none",
             "device": module.device.type,
-            "num_threads": torch.get_num_threads() if module.device.type == "cpu" else None,
+            "num_threads": None if is_cuda else torch.get_num_threads(),
+            "quality": measures_quality,
         }
         self.fingerprint = digest(self.fingerprint_parts)
 
     def images(self, candidate: Candidate) -> Iterator[Tensor]:
-        """Images of a candidate on the CPU, one micro-batch after the other."""
+        """Images of a candidate, one micro-batch after the other; they stay on the device."""
         for indices in self.protocol.micro_batches():
-            yield self.module.images(candidate, indices, self.protocol.seed).cpu()
+            yield self.module.images(candidate, indices, self.protocol.seed)
+
+    def covers(self, trial: Trial) -> bool:
+        """Whether a trial was scored by this protocol and with these quantizers."""
+        return (trial.fingerprint, trial.state) == (self.fingerprint, self.state)
 
     def evaluate(
         self,
@@ -113,16 +130,32 @@ class Objective:
     ) -> Trial:
         """Trial of a candidate: the recorded one if there is one, else a new one, recorded before it is returned.
 
+        One that an earlier run recorded is recorded here again, with its source, and not measured.
+
         Args:
             candidate: What to score.
             phase, name, generation: See ``Trial``.
             images: Makes the images instead of ``self.images``; must make the same ones.
         """
-        known = self.trials.find(candidate, self.fingerprint)
+        known = self.trials.find(candidate, self.fingerprint, self.state)
         if known is not None:
             return known
-        metrics, error = self._measure(candidate, images or self.images)
-        trial = Trial(
+        earlier = self.trials.find_elsewhere(candidate, self.fingerprint, self.state)
+        if earlier is not None:
+            index = self.trials.num_lines
+            trial = replace(earlier, index=index, phase=phase, name=name, generation=generation)
+        else:
+            trial = self._trial(candidate, phase, name, generation, images or self.images)
+        self.trials.append(trial)
+        self._on_trial(trial)
+        return trial
+
+    def _trial(
+        self, candidate: Candidate, phase: str, name: str | None, generation: int | None, images: MicroBatches
+    ) -> Trial:
+        """Measure a candidate."""
+        metrics, intervals, error = self._measure(candidate, images)
+        return Trial(
             index=self.trials.num_lines,
             phase=phase,
             name=name,
@@ -136,28 +169,42 @@ class Objective:
             num_images=self.protocol.num_images,
             seed=self.protocol.seed,
             fingerprint=self.fingerprint,
+            state=self.state,
             error=error,
+            intervals=intervals,
         )
-        self.trials.append(trial)
-        self._on_trial(trial)
-        return trial
 
-    def _measure(self, candidate: Candidate, images: MicroBatches) -> tuple[dict[str, float], str | None]:
+    def _measure(
+        self, candidate: Candidate, images: MicroBatches
+    ) -> tuple[dict[str, float], dict[str, list[float]] | None, str | None]:
+        """Metrics, their intervals, and why the quality could not be had."""
         batches = list(self.protocol.wanted(images(candidate)))
         made = torch.cat(batches)
+        quality = {self.metric.name: math.nan} if self.measures_quality else {}
         if not made.isfinite().all():
-            return {self.metric.name: math.nan, "psnr_db": math.nan}, "images held NaN or infinity"
+            return quality | dict.fromkeys(PROXIES, math.nan), None, "images held NaN or infinity"
         if candidate == self.reference_candidate:
             self._reference = made
         elif self._reference is None:
             self._reference = torch.cat(list(self.protocol.wanted(self.images(self.reference_candidate))))
-        psnr_db = mean_psnr_db(made, self._reference)
+        reference = self._reference.to(made.device)
+        metrics = quality | {
+            "psnr_db": mean_psnr_db(made, reference),
+            "feature_mse": self.metric.paired(made, reference),
+        }
+        if not self.measures_quality:
+            return metrics, None, None
         try:
-            quality = self.metric(batches)
+            value = self.metric(batches)
         except (ValueError, LinAlgError) as error:  # features too degenerate for the metric: this candidate's fault
-            return {self.metric.name: math.nan, "psnr_db": psnr_db}, f"{self.metric.name}: {error}"
-        cause = None if math.isfinite(quality) else f"{self.metric.name} was {quality}"
-        return {self.metric.name: quality, "psnr_db": psnr_db}, cause
+            return metrics, None, f"{self.metric.name}: {error}"
+        if not math.isfinite(value):
+            return metrics, None, f"{self.metric.name} was {value}"
+        metrics[self.metric.name] = value
+        if not self.bootstrap:
+            return metrics, None, None
+        interval = self.metric.interval(batches, self.bootstrap, self.protocol.seed)
+        return metrics, {self.metric.name: list(interval)}, None
 
 
 def label(candidate: Candidate, weighted: Sequence[bool]) -> dict[str, float | str]:

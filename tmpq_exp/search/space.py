@@ -1,55 +1,77 @@
-"""Owns the search space: which candidates exist, how they are drawn and varied, and how one is fitted to a budget."""
+"""Owns the search space: which candidates exist, how they are drawn and varied, and their form as arrays."""
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise, product
+from enum import Enum
+from itertools import product
+from math import prod
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tmpq_exp.cost import CostModel
 from tmpq_exp.quant.allocation import DIRECT_TILE, Allocation, Candidate
+from tmpq_exp.search.steps import StepSpace
 
-LayerSetting: TypeAlias = tuple[int, int, int]
-"""``(weight_bits, act_bits, tile)`` of one layer."""
+Genes: TypeAlias = NDArray[np.int64]
+"""Indices into a layer's choices, ``(3, S, L)``: weight bits, activation bits and tile; steps (1 if shared); layers."""
+
+
+class BitsPerStep(str, Enum):
+    """Whether the steps of a candidate share one allocation."""
+
+    SHARED = "shared"
+    PER_STEP = "per_step"
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All candidates that keep one timestep a group and give each layer one of its choices, the same at all steps.
+    """All candidates that keep some timesteps of each group and give each layer one of its choices.
 
-    A gene is a kept timestep, or the weight bits, activation bits or tile of a layer. A gene with a single choice is
-    fixed: groups of one timestep fix the schedule, single choices fix a layer.
+    A gene is a kept timestep, or the weight bits, activation bits or tile of a layer, at all steps or at one. A gene
+    with a single choice is fixed: groups of one timestep fix the schedule, single choices fix a layer.
 
     Args:
-        timestep_groups: One ascending, non-empty sequence of timesteps a kept step; each group lies above the one
-            before it.
+        timestep_groups: Ascending, non-empty sequences of timesteps; each group lies above the one before it.
         weight_choices, act_choices, tile_choices: One entry a layer: the distinct values it may take.
+        min_steps, max_steps: Range of K; None: as many steps as there are groups.
+        min_steps_per_group, max_steps_per_group: Range of the steps of one group.
+        bits_per_step: ``shared``: one allocation for all steps; ``per_step``: one each. Steps that agree in everything
+            are written as one shared allocation, so that equal candidates have equal keys.
 
     Raises:
-        ValueError: If groups are empty or overlap, the three choices differ in length, or a layer has no choice or the
-            same one twice.
+        ValueError: If ``StepSpace`` refuses the groups, the three choices differ in length, or a layer has no choice or
+            the same one twice.
 
     References:
         Sun et al., "TMPQ-DM", arXiv 2404.09532: genome of grouped timesteps and per-layer bits.
+
+    Differs from the method, which fixes K and shares bits, where it is told to.
     """
 
     timestep_groups: tuple[Sequence[int], ...]
     weight_choices: tuple[tuple[int, ...], ...]
     act_choices: tuple[tuple[int, ...], ...]
     tile_choices: tuple[tuple[int, ...], ...]
-    _genes: tuple[Sequence[int], ...] = field(init=False, repr=False, compare=False)
+    min_steps: int | None = None
+    max_steps: int | None = None
+    min_steps_per_group: int = 1
+    max_steps_per_group: int = 1
+    bits_per_step: BitsPerStep = BitsPerStep.SHARED
+    steps: StepSpace = field(init=False, repr=False, compare=False)
+    values: Genes = field(init=False, repr=False, compare=False)
+    """``(3, L, C)``: choices of every layer, ascending; the highest repeated where a layer has fewer than C."""
+    num_choices: Genes = field(init=False, repr=False, compare=False)
+    """``(3, 1, L)``: number of choices of every layer."""
+    _indices: Genes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.timestep_groups:
-            raise ValueError("timestep_groups must not be empty")
-        timesteps = [timestep for group in self.timestep_groups for timestep in group]
-        if not all(self.timestep_groups) or any(low >= high for low, high in pairwise(timesteps)):
-            raise ValueError("timestep_groups must be non-empty and ascend, within each group and from one to the next")
+        num_groups = len(self.timestep_groups)
+        fewest, most = (num_groups if bound is None else bound for bound in (self.min_steps, self.max_steps))
+        steps = StepSpace(self.timestep_groups, fewest, most, self.min_steps_per_group, self.max_steps_per_group)
         lengths = [len(self.weight_choices), len(self.act_choices), len(self.tile_choices)]
         if len(set(lengths)) != 1 or not lengths[0]:
             raise ValueError(
@@ -61,13 +83,25 @@ class SearchSpace:
                     raise ValueError(
                         f"{name} of layer {index} must be distinct and at least one, found {list(choices)}"
                     )
-        genes = (*reversed(self.timestep_groups), *self.weight_choices, *self.act_choices, *self.tile_choices)
-        object.__setattr__(self, "_genes", genes)
+        kinds = [[sorted(choices) for choices in kind] for kind in self._kinds]
+        longest = max(len(choices) for kind in kinds for choices in kind)
+        values = np.array([[c + c[-1:] * (longest - len(c)) for c in kind] for kind in kinds])
+        indices = np.full((3, lengths[0], int(values.max()) + 1), -1)
+        for position in reversed(range(longest)):
+            np.put_along_axis(indices, values[..., position, None], position, axis=-1)
+        num_choices = np.array([[list(map(len, kind))] for kind in kinds])
+        object.__setattr__(self, "bits_per_step", BitsPerStep(self.bits_per_step))
+        for name, value in (("steps", steps), ("values", values), ("num_choices", num_choices), ("_indices", indices)):
+            object.__setattr__(self, name, value)
 
     @property
-    def num_steps(self) -> int:
-        """Kept timesteps of every candidate."""
-        return len(self.timestep_groups)
+    def _kinds(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        return self.weight_choices, self.act_choices, self.tile_choices
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all steps share one allocation."""
+        return self.bits_per_step is BitsPerStep.SHARED
 
     @property
     def num_layers(self) -> int:
@@ -76,54 +110,63 @@ class SearchSpace:
 
     @property
     def num_genes(self) -> int:
-        """Genes that can vary."""
-        return sum(len(choices) > 1 for choices in self._genes)
+        """Genes that can vary, with the bits of ``max_steps`` steps where steps have their own."""
+        num_varied = sum(len(choices) > 1 for kind in self._kinds for choices in kind)
+        return self.steps.num_genes + num_varied * (1 if self.is_shared else self.steps.max_steps)
 
     @property
     def num_candidates(self) -> int:
         """Distinct candidates, whatever they cost."""
-        return math.prod(len(choices) for choices in self._genes)
-
-    def sample(self, rng: np.random.Generator, *, highest_bits: bool = False) -> Candidate:
-        """Candidate with every gene drawn uniformly.
-
-        With ``highest_bits`` every layer has its highest bits instead, for ``Budget.repair`` to lower: layers that
-        cost little then keep them. Ours.
-        """
-        draws = rng.random(len(self._genes)).tolist()
-        candidate = self._candidate([self._choose(gene, draw) for gene, draw in enumerate(draws)])
-        if not highest_bits:
-            return candidate
-        weight_bits, act_bits = (tuple(map(max, choices)) for choices in (self.weight_choices, self.act_choices))
-        tiles = candidate.allocations[0].tiles
-        return Candidate(candidate.timesteps, (Allocation(weight_bits, act_bits, tiles),))
-
-    def mutate(self, candidate: Candidate, mutation_prob: float, rng: np.random.Generator) -> Candidate:
-        """Redraw each gene uniformly with probability ``mutation_prob``, a timestep within its group.
-
-        A redrawn gene may keep its value, as in the release.
-        """
-        values = self._values(candidate)
-        redrawn = (rng.random(len(values)) < mutation_prob).tolist()
-        draws = rng.random(len(values)).tolist()
-        return self._candidate(
-            [self._choose(gene, draws[gene]) if redrawn[gene] else value for gene, value in enumerate(values)]
+        num_allocations = prod(len(choices) for kind in self._kinds for choices in kind)
+        return sum(
+            num_sequences * num_allocations ** (1 if self.is_shared else num_steps)
+            for num_steps, num_sequences in self.steps.num_sequences().items()
         )
 
+    def sample(
+        self, rng: np.random.Generator, *, highest_bits: bool = False, max_steps: int | None = None
+    ) -> Candidate:
+        """Candidate with every gene drawn uniformly, and first of all the number of its steps.
+
+        Args:
+            rng: Source of randomness.
+            highest_bits: Every layer has its highest bits instead, for ``Budget.repair`` to lower: layers that cost
+                little then keep them. Ours.
+            max_steps: Most steps, within the range of the space.
+        """
+        timesteps = self.steps.sample(rng, max_steps or self.steps.max_steps)
+        genes = self._draw_genes(self._num_rows(timesteps), rng)
+        if highest_bits:
+            genes[:2] = self.num_choices[:2] - 1
+        return self.decode(timesteps, genes)
+
+    def mutate(self, candidate: Candidate, mutation_prob: float, rng: np.random.Generator) -> Candidate:
+        """Redraw each gene uniformly with probability ``mutation_prob``; see ``StepSpace.mutate`` for timesteps.
+
+        A redrawn gene may keep its value, as in the release. A step that is new starts with the allocation of its
+        counterpart.
+        """
+        timesteps = self.steps.mutate(candidate.timesteps, mutation_prob, rng)
+        genes = self._genes_at(candidate, timesteps)
+        redrawn = self._draw_genes(genes.shape[1], rng)
+        return self.decode(timesteps, np.where(rng.random(genes.shape) < mutation_prob, redrawn, genes))
+
     def crossover(self, first: Candidate, second: Candidate, rng: np.random.Generator) -> Candidate:
-        """Uniform crossover: every gene from one of two parents, by a fair coin."""
-        pairs = zip(self._values(first), self._values(second), strict=True)
-        coins = rng.random(len(self._genes)).tolist()
-        return self._candidate([pair[coin < 0.5] for pair, coin in zip(pairs, coins, strict=True)])
+        """Uniform crossover: every gene from one of two parents, by a fair coin; see ``StepSpace.crossover``.
+
+        Where steps have their own bits, a step takes those of its counterparts in the parents.
+        """
+        timesteps = self.steps.crossover(first.timesteps, second.timesteps, rng)
+        one, other = (self._genes_at(parent, timesteps) for parent in (first, second))
+        return self.decode(timesteps, np.where(rng.random(one.shape) < 0.5, one, other))
 
     def contains(self, candidate: Candidate) -> bool:
         """Whether every gene of a candidate is one of the choices here."""
-        allocation = candidate.allocations[0]
-        if len(candidate.allocations) != 1 or len(candidate.timesteps) != self.num_steps:
+        if self.is_shared and len(candidate.allocations) != 1:
             return False
-        if len(allocation) != self.num_layers:
+        if any(len(allocation) != self.num_layers for allocation in candidate.allocations):
             return False
-        return all(value in choices for value, choices in zip(self._values(candidate), self._genes, strict=True))
+        return self.steps.contains(candidate.timesteps) and bool((self._lookup(candidate) >= 0).all())
 
     def uniform(self, timesteps: tuple[int, ...], weight_bits: int, act_bits: int) -> Candidate:
         """Candidate with the same bits at every layer, for seeds and baselines.
@@ -142,153 +185,51 @@ class SearchSpace:
         return Candidate(timesteps, (allocation,))
 
     def cheapest(self, cost: CostModel) -> Candidate:
-        """Candidate of fewest BitOPs; where several tie, the first choices and the smallest timesteps."""
-        settings = [self._cheapest_setting(layer, cost) for layer in range(self.num_layers)]
-        return Candidate(tuple(group[0] for group in reversed(self.timestep_groups)), (_allocation(settings),))
+        """Candidate of fewest BitOPs: the fewest steps, each group's smallest timesteps; of tying choices the first."""
+        settings = [
+            min(product(*choices), key=lambda setting, layer=layer: cost.layer_bitops(layer, *setting))  # type: ignore[misc]
+            for layer, choices in enumerate(zip(*self._kinds, strict=True))
+        ]
+        weight_bits, act_bits, tiles = zip(*settings, strict=True)
+        return Candidate(self.steps.first(self.steps.min_steps), (Allocation(weight_bits, act_bits, tiles),))
 
-    def _cheapest_setting(self, layer: int, cost: CostModel) -> LayerSetting:
-        settings = product(self.weight_choices[layer], self.act_choices[layer], self.tile_choices[layer])
-        return min(settings, key=lambda setting: cost.layer_bitops(layer, *setting))
+    def encode(self, candidate: Candidate) -> Genes:
+        """Genes of a candidate of this space, ``(3, S, L)``: S is 1 if steps share bits, else the number of steps."""
+        genes = self._lookup(candidate)
+        return np.broadcast_to(genes, (3, self._num_rows(candidate.timesteps), self.num_layers))
 
-    def _choose(self, gene: int, draw: float) -> int:
-        choices = self._genes[gene]
-        return choices[int(draw * len(choices))]
+    def decode(self, timesteps: tuple[int, ...], genes: Genes) -> Candidate:
+        """Inverse of ``encode``; steps that agree in everything share one allocation."""
+        if genes.shape[1] > 1 and (genes == genes[:, :1]).all():
+            genes = genes[:, :1]
+        bits = self.values.ravel()[genes + self._offsets(self.values)].tolist()
+        return Candidate(timesteps, tuple(Allocation(*map(tuple, rows)) for rows in zip(*bits, strict=True)))
 
-    def _values(self, candidate: Candidate) -> list[int]:
-        """Genes in order: timesteps (descending), weight bits, activation bits, tiles."""
-        allocation = candidate.allocations[0]
-        return [*candidate.timesteps, *allocation.weight_bits, *allocation.act_bits, *allocation.tiles]
+    def _num_rows(self, timesteps: Sequence[int]) -> int:
+        return 1 if self.is_shared else len(timesteps)
 
-    def _candidate(self, values: list[int]) -> Candidate:
-        first, layers = self.num_steps, self.num_layers
-        weight_bits, act_bits, tiles = (tuple(values[first + i * layers : first + (i + 1) * layers]) for i in range(3))
-        return Candidate(tuple(values[:first]), (Allocation(weight_bits, act_bits, tiles),))
+    def _genes_at(self, candidate: Candidate, timesteps: Sequence[int]) -> Genes:
+        """Genes of a candidate moved to other timesteps: each takes those of its counterpart."""
+        genes = self.encode(candidate)
+        if self.is_shared or tuple(timesteps) == candidate.timesteps:
+            return genes
+        return genes[:, self.steps.counterparts(timesteps, candidate.timesteps)]
 
+    def _draw_genes(self, num_rows: int, rng: np.random.Generator) -> Genes:
+        drawn = rng.random((3, num_rows, self.num_layers)) * self.num_choices
+        return drawn.astype(np.int64)
 
-class Budget:
-    """A ceiling on the BitOPs of a whole trajectory, and the means to bring a candidate of a space below it.
+    def _lookup(self, candidate: Candidate) -> Genes:
+        """Position of each value among its choices, ``(3, allocations, L)``; -1 where it is none of them."""
+        rows = [(a.weight_bits, a.act_bits, a.tiles) for a in candidate.allocations]
+        values = np.array(rows).transpose(1, 0, 2)
+        highest = self._indices.shape[-1] - 1
+        known = self._indices.ravel()[values.clip(0, highest) + self._offsets(self._indices)]
+        return np.where((values < 0) | (values > highest), -1, known)
 
-    Args:
-        space: The search space.
-        cost: Prices its candidates; one layer for each layer of the space.
-        budget_bitops: Most BitOPs a feasible candidate may cost, whole trajectory, one image, guidance included.
-
-    Raises:
-        ValueError: If space and cost differ in their number of layers, or even the cheapest candidate costs more.
-    """
-
-    def __init__(self, space: SearchSpace, cost: CostModel, budget_bitops: int) -> None:
-        if space.num_layers != len(cost):
-            raise ValueError(f"space has {space.num_layers} layers and cost has {len(cost)}; they must be the same")
-        self.space, self.cost, self.budget_bitops = space, cost, budget_bitops
-        self.cheapest_bitops = cost.bitops(space.cheapest(cost))
-        if budget_bitops < self.cheapest_bitops:
-            raise ValueError(
-                f"budget_bitops must be at least {self.cheapest_bitops} (the cheapest candidate's BitOPs), "
-                f"found {budget_bitops}"
-            )
-        self._call_budget = budget_bitops // (space.num_steps * cost.calls_per_step)
-        self._moves: dict[tuple[bool, int, LayerSetting], list[tuple[int, LayerSetting]]] = {}
-
-    def is_feasible(self, candidate: Candidate) -> bool:
-        """Whether a candidate costs no more than the budget."""
-        return self.cost.bitops(candidate) <= self.budget_bitops
-
-    def repair(self, candidate: Candidate, rng: np.random.Generator) -> Candidate:
-        """Lower genes until the candidate is feasible; one that is feasible comes back as it is.
-
-        A move takes one gene of a layer to its next cheaper choice. Moves are drawn with probability proportional to
-        the BitOPs they save, so that the most expensive layers give way first and small ones keep their bits. Costs
-        rise with either bit width at any tile, so moves lead to the cheapest candidate at the latest.
-
-        Differs from the release, which draws again until a candidate is feasible.
-        """
-        settings = _settings(candidate)
-        excess = self._call_bitops(settings) - self._call_budget
-        if excess <= 0:
-            return candidate
-        moves = [self._layer_moves(i, setting, cheaper=True) for i, setting in enumerate(settings)]
-        savings = [sum(saving for saving, _ in layer) for layer in moves]
-        for _ in range(self._num_moves):
-            total = list(accumulate(savings))
-            assert total[-1] > 0, "an infeasible candidate that nothing makes cheaper"
-            layer = bisect_right(total, int(rng.integers(total[-1])))
-            saving, settings[layer] = _weighted(moves[layer], rng)
-            excess -= saving
-            if excess <= 0:
-                break
-            moves[layer] = self._layer_moves(layer, settings[layer], cheaper=True)
-            savings[layer] = sum(s for s, _ in moves[layer])
-        assert excess <= 0, "moves did not reach the budget"
-        return Candidate(candidate.timesteps, (_allocation(settings),))
-
-    def fill(self, candidate: Candidate, rng: np.random.Generator) -> Candidate:
-        """Raise genes of a feasible candidate, in random order, until no single one can be raised within the budget.
-
-        A move takes one gene of a layer to its next costlier choice. Ours: a candidate far below the ceiling wastes an
-        evaluation, because more bits seldom hurt.
-        """
-        settings = _settings(candidate)
-        slack = self._call_budget - self._call_bitops(settings)
-        for _ in range(self._num_moves):
-            raised = False
-            for layer in rng.permutation(self.space.num_layers).tolist():
-                moves = [m for m in self._layer_moves(layer, settings[layer], cheaper=False) if -m[0] <= slack]
-                if moves:
-                    saving, settings[layer] = moves[int(rng.integers(len(moves)))]
-                    slack += saving
-                    raised = True
-            if not raised:
-                break
-        return Candidate(candidate.timesteps, (_allocation(settings),))
-
-    @property
-    def _num_moves(self) -> int:
-        """Moves that take every gene through all of its choices: no fitting needs more."""
-        space = self.space
-        return sum(map(len, (*space.weight_choices, *space.act_choices, *space.tile_choices)))
-
-    def _call_bitops(self, settings: list[LayerSetting]) -> int:
-        return sum(self.cost.layer_bitops(i, *setting) for i, setting in enumerate(settings))
-
-    def _layer_moves(self, layer: int, setting: LayerSetting, *, cheaper: bool) -> list[tuple[int, LayerSetting]]:
-        """Next cheaper (or next costlier) choice of each gene of a layer: BitOPs it saves (negative: adds), setting."""
-        key = (cheaper, layer, setting)
-        if key not in self._moves:
-            self._moves[key] = self._find_moves(layer, setting, cheaper)
-        return self._moves[key]
-
-    def _find_moves(self, layer: int, setting: LayerSetting, cheaper: bool) -> list[tuple[int, LayerSetting]]:
-        w, a, tile = setting
-        space, now = self.space, self.cost.layer_bitops(layer, *setting)
-        variants: tuple[list[LayerSetting], ...] = (
-            [(choice, a, tile) for choice in space.weight_choices[layer]],
-            [(w, choice, tile) for choice in space.act_choices[layer]],
-            [(w, a, choice) for choice in space.tile_choices[layer]],
-        )
-        moves = []
-        for settings in variants:
-            savings = [(now - self.cost.layer_bitops(layer, *other), other) for other in settings]
-            savings = [move for move in savings if (move[0] > 0 if cheaper else move[0] < 0)]
-            if savings:
-                moves.append(min(savings, key=lambda move: abs(move[0])))
-        return moves
-
-
-def _weighted(moves: list[tuple[int, LayerSetting]], rng: np.random.Generator) -> tuple[int, LayerSetting]:
-    """One move, with probability proportional to the BitOPs it saves."""
-    total = list(accumulate(saving for saving, _ in moves))
-    return moves[bisect_right(total, int(rng.integers(total[-1])))]
-
-
-def _settings(candidate: Candidate) -> list[LayerSetting]:
-    allocation = candidate.allocations[0]
-    return list(zip(allocation.weight_bits, allocation.act_bits, allocation.tiles, strict=True))
-
-
-def _allocation(settings: list[LayerSetting]) -> Allocation:
-    weight_bits, act_bits, tiles = zip(*settings, strict=True)
-    return Allocation(weight_bits, act_bits, tiles)
+    def _offsets(self, table: Genes) -> Genes:
+        """Where each layer's entries of a ``(3, L, C)`` table begin, ``(3, 1, L)``."""
+        return np.arange(0, table.size, table.shape[-1]).reshape(3, 1, self.num_layers)
 
 
 def _pick(choices: tuple[int, ...], bits: int, name: str) -> int:

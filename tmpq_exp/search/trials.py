@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ class Trial:
 
     Args:
         index: Line number in the file, from 0.
-        phase: ``search`` (scored by the search), ``baseline`` (uniform bits under the search's protocol),
-            ``selection`` (finalists on a second set of seeds) or ``final`` (baselines and winner on a third).
+        phase: ``proxy`` (a cheap look at few images), ``search`` (scored by the search), ``random`` (by the random
+            search beside it), ``baseline`` (uniform bits under the search's protocol), ``recalibrated`` (under the
+            search's protocol, calibrated for its own bits), ``noise`` (the winner on other seeds), ``selection``
+            (finalists on a second set of seeds) or ``final`` (baselines and winner on a third).
         name: Name of a baseline or of the winner.
         generation: Generation of a search trial.
         key: ``Candidate.key()``.
@@ -34,8 +36,11 @@ class Trial:
         metrics: Name -> value; None where it is infinite or could not be had.
         num_images: Images it was measured on.
         seed: Seed of the image stream.
-        fingerprint: Hash of everything else that the metrics depend on.
+        fingerprint: Hash of the protocol: all that the metrics depend on but the candidate and the quantizers.
+        state: Hash of the quantizers and transform scales it was scored with.
         error: Why the evaluation failed, if it did.
+        intervals: Metric -> 95 % bootstrap interval over images, where it was asked for.
+        source: Run directory whose trial this one repeats.
     """
 
     index: int
@@ -51,7 +56,10 @@ class Trial:
     num_images: int
     seed: int
     fingerprint: str
+    state: str
     error: str | None = None
+    intervals: dict[str, list[float]] | None = None
+    source: str | None = None
 
     def score(self, metric: str) -> float:
         """Value of a metric where lower is better; infinite for a failed trial."""
@@ -72,35 +80,55 @@ class TrialLog:
 
     Args:
         path: The file; it need not exist.
+        reuse: Run directories whose trials are found too.
 
     Raises:
-        UserError: If the file cannot be read.
+        UserError: If the file cannot be read, or a run directory to reuse has none.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reuse: Sequence[Path] = ()) -> None:
         self.path = path
         self.trials: list[Trial] = []
         self.num_lines = 0
         self.warnings: list[str] = []
-        self._by_key: dict[tuple[str, str], Trial] = {}
+        self._by_key: dict[tuple[str, str, str], Trial] = {}
         if path.exists():
-            self._load()
+            data = _read(path)
+            tail = len(data) - data.rfind(b"\n") - 1
+            if tail:
+                self._cut(len(data) - tail)
+            self.num_lines = data.count(b"\n")
+            for trial in self._parsed(path, data):
+                self._remember(trial)
+        self._elsewhere = {directory: -1 for directory in reuse}
+        self._reusable: dict[tuple[str, str, str], Trial] = {}
+        self._reread()
 
-    def _load(self) -> None:
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+    def _reread(self) -> None:
+        """Trials that other runs, which may still go on, have recorded since the last look."""
+        for directory, size in self._elsewhere.items():
+            file = directory / self.path.name
+            data = _read(file)
+            if len(data) == size:
+                continue
+            self._elsewhere[directory] = len(data)
+            self._reusable |= {
+                _identity(trial): replace(trial, source=trial.source or str(directory))
+                for trial in self._parsed(file, data[: data.rfind(b"\n") + 1])
+            }
+
+    def _parsed(self, path: Path, data: bytes) -> list[Trial]:
+        """Readable trials of a file; what cannot be read is said."""
         *lines, tail = data.split(b"\n")
         if tail:
-            self.warnings.append(f"{self.path.name}: its last line was cut after {len(tail)} bytes and is left out")
-            self._cut(len(data) - len(tail))
-        self.num_lines = len(lines)
+            self.warnings.append(f"{path.name}: its last line was cut after {len(tail)} bytes and is left out")
+        trials = []
         for number, line in enumerate(lines, start=1):
             try:
-                self._remember(_parse(line))
+                trials.append(_parse(line))
             except (ValueError, TypeError, KeyError) as error:
-                self.warnings.append(f"{self.path.name}: line {number} is damaged and is left out ({error})")
+                self.warnings.append(f"{path.name}: line {number} is damaged and is left out ({error})")
+        return trials
 
     def _cut(self, size: int) -> None:
         try:
@@ -112,11 +140,16 @@ class TrialLog:
 
     def _remember(self, trial: Trial) -> None:
         self.trials.append(trial)
-        self._by_key.setdefault((trial.key, trial.fingerprint), trial)
+        self._by_key.setdefault(_identity(trial), trial)
 
-    def find(self, candidate: Candidate, fingerprint: str) -> Trial | None:
-        """The trial of this candidate under this protocol, if there is one."""
-        return self._by_key.get((candidate.key(), fingerprint))
+    def find(self, candidate: Candidate, fingerprint: str, state: str) -> Trial | None:
+        """The trial of this candidate under this protocol and with these quantizers, if there is one here."""
+        return self._by_key.get((candidate.key(), fingerprint, state))
+
+    def find_elsewhere(self, candidate: Candidate, fingerprint: str, state: str) -> Trial | None:
+        """As ``find``, in the run directories to reuse, as they are now."""
+        self._reread()
+        return self._reusable.get((candidate.key(), fingerprint, state))
 
     def append(self, trial: Trial) -> None:
         """Write a trial and wait until it is on disk.
@@ -150,6 +183,17 @@ class TrialLog:
 def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Metrics as JSON can hold them: what is not finite becomes None."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _identity(trial: Trial) -> tuple[str, str, str]:
+    return trial.key, trial.fingerprint, trial.state
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _parse(line: bytes) -> Trial:

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tmpq_exp.data import DIGITS_SIZE
-from tmpq_exp.diffusion.schedule import linear_alphas_cumprod
-from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel
-from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, Recipe
-from tmpq_exp.zoo.weights import load_weights
+from tmpq_exp.zoo.embedded import EmbeddedClassifier, EmbeddedDDPM, FeatureClassifier
+from tmpq_exp.zoo.training import random_affine
 
-EMBEDDED = Path(__file__).parent
-"""Folder of the shipped weights; each model has a folder of its own with its model card."""
-
-NUM_DIGITS = 10
+DIGIT_NAMES = tuple("0123456789")
 
 
-class DigitsDDPM(TrainableDiffusionModel):
+class DigitsDDPM(EmbeddedDDPM):
     """Class-conditional DDPM on the UCI digits at 16x16: 0.82 M parameters, 40.8 MMAC a call, T = 1000, linear betas.
 
     Args:
-        checkpoint: Weights as safetensors; None takes the shipped ones.
-        recipe: Training settings; needed for training only.
+        checkpoint, recipe: See ``EmbeddedDDPM``.
     """
 
     name = "ddpm_digits"
-    num_train_timesteps = 1000
-    beta_range = (1e-4, 0.02)
-
-    def __init__(self, checkpoint: str | None = None, recipe: Recipe | None = None) -> None:
-        self.checkpoint = Path(checkpoint) if checkpoint else EMBEDDED / self.name / "model.safetensors"
-        self.recipe = recipe
+    sample_shape = (1, DIGITS_SIZE, DIGITS_SIZE)
+    class_names = DIGIT_NAMES
 
     def architecture(self) -> nn.Module:
         """A three-level U-Net with attention at 8x8 and 4x4."""
@@ -49,95 +35,33 @@ class DigitsDDPM(TrainableDiffusionModel):
             layers_per_block=1,
             norm_num_groups=8,
             attention_head_dim=32,
-            num_class_embeds=NUM_DIGITS,
+            num_class_embeds=len(DIGIT_NAMES),
         )
         return network
 
-    def alphas_cumprod(self) -> Tensor:
-        """Linear schedule of Ho et al. 2020."""
-        return linear_alphas_cumprod(self.num_train_timesteps, *self.beta_range)
 
-    def load(self) -> nn.Module:
-        """See ``TrainableModel.load``."""
-        network = self.architecture()
-        load_weights(network, self.checkpoint, self.name)
-        return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+class DigitsClassifier(EmbeddedClassifier):
+    """Small CNN on 16x16 digits; its 64 features serve ``fd_digits``.
 
-    def wrap(self, network: nn.Module) -> DiffusionTask:
-        """See ``TrainableDiffusionModel.wrap``."""
-        return DiffusionTask(
-            name=self.name,
-            unet=network,
-            sample_shape=(1, DIGITS_SIZE, DIGITS_SIZE),
-            alphas_cumprod=self.alphas_cumprod(),
-            num_classes=NUM_DIGITS,
-            clip_sample=False,
-        )
-
-    def training_module(self) -> DiffusionTraining:
-        """See ``TrainableModel.training_module``."""
-        if self.recipe is None:
-            raise ValueError("model.recipe is null: training needs a recipe")
-        return DiffusionTraining(self.architecture(), self.recipe, self.alphas_cumprod(), class_conditional=True)
-
-
-class DigitsFeatureNetwork(nn.Module):
-    """Small CNN whose pooled activations are the features of ``fd_digits``.
-
-    ``features`` maps images in [0, 1], ``(N, 1, 16, 16)``, to ``(N, 64)``; ``forward`` gives class logits.
+    Args:
+        checkpoint, recipe: See ``EmbeddedClassifier``.
     """
 
-    num_features = 64
+    name = "digits_classifier"
+    image_shape = (1, DIGITS_SIZE, DIGITS_SIZE)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
+    def architecture(self) -> FeatureClassifier:
+        """Three convolutions."""
+        body = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(32, 64, 3, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(64, self.num_features, 3, stride=2, padding=1),
+            nn.Conv2d(64, 64, 3, stride=2, padding=1),
             nn.ReLU(),
         )
-        self.head = nn.Linear(self.num_features, NUM_DIGITS)
+        return FeatureClassifier(body, 64, len(DIGIT_NAMES))
 
-    def features(self, images: Tensor) -> Tensor:
-        """Spatial mean of the last activations, ``(N, 64)``."""
-        return F.adaptive_avg_pool2d(self.body(images), 1).flatten(1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Class logits, ``(N, 10)``."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
-
-
-class DigitsClassifier(TrainableModel):
-    """The digits classifier; its features serve ``fd_digits``.
-
-    Args:
-        checkpoint: Weights as safetensors; None takes the shipped ones.
-        recipe: Training settings; needed for training only.
-    """
-
-    name = "digits_classifier"
-
-    def __init__(self, checkpoint: str | None = None, recipe: Recipe | None = None) -> None:
-        self.checkpoint = Path(checkpoint) if checkpoint else EMBEDDED / self.name / "model.safetensors"
-        self.recipe = recipe
-
-    def architecture(self) -> DigitsFeatureNetwork:
-        """A fresh network."""
-        return DigitsFeatureNetwork()
-
-    def load(self) -> DigitsFeatureNetwork:
-        """See ``TrainableModel.load``."""
-        network = self.architecture()
-        load_weights(network, self.checkpoint, self.name)
-        network.eval().requires_grad_(False)
-        return network
-
-    def training_module(self) -> ClassifierTraining:
-        """See ``TrainableModel.training_module``."""
-        if self.recipe is None:
-            raise ValueError("model.recipe is null: training needs a recipe")
-        return ClassifierTraining(self.architecture(), self.recipe)
+    def augment(self, images: Tensor) -> Tensor:
+        """Turned, scaled, sheared and shifted a little."""
+        return random_affine(images)

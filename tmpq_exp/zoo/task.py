@@ -1,19 +1,24 @@
-"""What the pipeline knows of a float model: a noise predictor, its schedule, its conditioning and its images."""
+"""What the tasks know of a model: to price its architecture, to train it, and to make images with it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tmpq_exp.cost import LayerShape
 from tmpq_exp.diffusion.sampler import ddim_sample, initial_noise
-from tmpq_exp.zoo.training import TrainingModule
+from tmpq_exp.trace import trace_layers
 from tmpq_exp.zoo.weights import content_hash
+
+if TYPE_CHECKING:
+    from tmpq_exp.zoo.training import TrainingModule  # Lightning takes seconds to import, and costs need none
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,11 @@ class DiffusionTask:
     alphas_cumprod: Tensor
     num_classes: int | None
     clip_sample: bool
-    weights_hash: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weights_hash", content_hash(self.unet.state_dict()))
+    @cached_property
+    def weights_hash(self) -> str:
+        """Content hash of the network's weights."""
+        return content_hash(self.unet.state_dict())
 
     @property
     def num_train_timesteps(self) -> int:
@@ -103,14 +109,61 @@ class DiffusionTask:
         return (x0 / 2 + 0.5).clamp(0, 1).masked_fill_(~x0.isfinite(), float("nan"))
 
 
+def unet_layers(
+    unet: nn.Module, sample_shape: Sequence[int], conditioning: Mapping[str, Tensor]
+) -> tuple[LayerShape, ...]:
+    """Layers of a noise predictor in the order of every allocation, read off one call for one image.
+
+    Args:
+        unet: Called as ``unet(x, timestep, **conditioning)``; it may lie on the meta device.
+        sample_shape: ``(C, H, W)`` of one state.
+        conditioning: Of one image, on any device.
+    """
+    device = next(unet.parameters()).device
+
+    def run_forward(network: nn.Module) -> Any:
+        inputs = {key: value.to(device) for key, value in conditioning.items()}
+        x = torch.zeros(1, *sample_shape, device=device)
+        return network(x, torch.zeros(1, dtype=torch.long, device=device), **inputs)
+
+    return trace_layers(unet, run_forward)
+
+
+def task_layers(task: DiffusionTask) -> tuple[LayerShape, ...]:
+    """``unet_layers`` of a task."""
+    return unet_layers(task.unet, task.sample_shape, task.conditioning([0]))
+
+
+class CostedModel(ABC):
+    """An option of the model group that ``task=cost`` can price: its layers are known without weights.
+
+    Class attributes:
+        name: Name of the model, as in ``model=...``.
+        guided: Whether sampling calls the network twice a step, with and without condition.
+    """
+
+    name: str
+    guided: bool = False
+
+    @abstractmethod
+    def layers(self) -> tuple[LayerShape, ...]:
+        """Layers of one U-Net call for one image, read off without a checkpoint and without memory for weights."""
+
+    def diffusers_layers(self) -> tuple[LayerShape, ...] | None:
+        """The same of the equivalent in diffusers, where the network is defined otherwise here; else None."""
+        return None
+
+
 class TrainableModel(ABC):
     """An option of the model group that ``task=train`` can train: how its network is built, trained and loaded.
 
     Class attributes:
         name: Name of the model, as in ``model=...``.
+        weights_dtype: Type that trained weights are rounded to and kept in, ``float32`` or ``float16``.
     """
 
     name: str
+    weights_dtype = "float32"
 
     @abstractmethod
     def architecture(self) -> nn.Module:
@@ -141,12 +194,18 @@ class DiffusionModel(ABC):
         """
 
 
-class TrainableDiffusionModel(TrainableModel, DiffusionModel):
-    """A model that can be trained here and makes images."""
+class TrainableDiffusionModel(TrainableModel, DiffusionModel, CostedModel):
+    """A model that can be trained here and makes images; ``task=cost`` builds its architecture on the meta device."""
 
     @abstractmethod
     def wrap(self, network: nn.Module) -> DiffusionTask:
         """Task around a network of this architecture: its schedule, conditioning and images."""
+
+    def layers(self) -> tuple[LayerShape, ...]:
+        """See ``CostedModel.layers``."""
+        with torch.device("meta"):
+            network = self.architecture()
+        return task_layers(self.wrap(network))
 
     def task(self) -> DiffusionTask:
         """The loaded network as a task."""

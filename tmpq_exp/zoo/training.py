@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class Recipe:
         warmup_steps: Steps of the warm-up, at least 0.
         weight_decay: AdamW's, at least 0.
         ema_decay: Decay of the weight average, in [0, 1); 0 ships the last weights.
+        gradient_clip: Largest norm of the gradient, above 0; None leaves it as it is.
+        compile: Train through ``torch.compile`` in channels-last memory; pays on GPUs.
     """
 
     num_steps: int
@@ -31,6 +33,8 @@ class Recipe:
     warmup_steps: int = 100
     weight_decay: float = 0.0
     ema_decay: float = 0.0
+    gradient_clip: float | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -43,6 +47,8 @@ class Recipe:
             raise ValueError(f"model.recipe.weight_decay must be at least 0, found {self.weight_decay}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"model.recipe.ema_decay must be in [0, 1), found {self.ema_decay}")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ValueError(f"model.recipe.gradient_clip must be above 0, found {self.gradient_clip}")
 
     def learning_rate_factor(self, step: int) -> float:
         """Factor on the peak learning rate at this step, in [0, 1]."""
@@ -71,6 +77,12 @@ class TrainingModule(L.LightningModule):
         """Scalar training loss of one batch of images in [0, 1]."""
         raise AssertionError("a subclass says what the loss is")
 
+    def on_fit_start(self) -> None:
+        """Compile, where the recipe says so; the averaged network stays plain."""
+        if self.recipe.compile:
+            self.network.to(memory_format=torch.channels_last)
+            self.network.compile()
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One optimizer step."""
         loss = self.loss(*batch)
@@ -91,60 +103,126 @@ class TrainingModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def trained_network(self) -> nn.Module:
-        """The averaged network, in eval mode on the CPU."""
+        """The averaged network, in eval mode."""
         module = self.average.module
         assert isinstance(module, nn.Module)
-        return module.eval().cpu()
+        return module.eval()
 
 
 class DiffusionTraining(TrainingModule):
     """Epsilon prediction at uniform random timesteps.
 
+    Args:
+        network, recipe: See ``TrainingModule``.
+        alphas_cumprod: ``(num_train_timesteps,)``.
+        class_conditional: Whether the network takes class labels.
+        flip: Mirror images at random.
+        min_snr_gamma: Weight the error of a timestep by min(SNR, gamma) / SNR; None weighs all the same.
+
     References:
         Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, algorithm 1.
+        Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023, section 3.4.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe, alphas_cumprod: Tensor, class_conditional: bool) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        alphas_cumprod: Tensor,
+        class_conditional: bool,
+        *,
+        flip: bool = False,
+        min_snr_gamma: float | None = None,
+    ) -> None:
         super().__init__(network, recipe)
-        self.class_conditional = class_conditional
+        self.class_conditional, self.flip = class_conditional, flip
+        snr = alphas_cumprod / (1 - alphas_cumprod)
+        weight = torch.ones_like(snr) if min_snr_gamma is None else snr.clamp(max=min_snr_gamma) / snr
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+        self.register_buffer("loss_weight", weight.float(), persistent=False)
 
     @torch.no_grad()
-    def average_loss(self, images: Tensor, labels: Tensor, num_draws: int = 8, seed: int = 0) -> float:
-        """Loss of the averaged weights over these images, ``num_draws`` random timesteps and noises each."""
-        network, self.network = self.network, self.trained_network()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                return float(torch.stack([self.loss(images, labels) for _ in range(num_draws)]).mean())
-        finally:
-            self.network = network
+    def average_error(
+        self, network: nn.Module, batches: Iterable[tuple[Tensor, ...]], num_draws: int, seed: int = 0
+    ) -> float:
+        """Mean squared error of the predicted noise, unweighted, over images, random timesteps and noises.
+
+        Args:
+            network: Noise predictor.
+            batches: Images in [0, 1] and labels.
+            num_draws: Draws of timestep and noise an image.
+            seed: Of the draws.
+        """
+        device = next(network.parameters()).device
+        errors = []
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for images, labels in batches:
+                for _ in range(num_draws):
+                    errors.append(self._errors(network, images.to(device), labels.to(device))[0])
+        return float(torch.cat(errors).mean())
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean squared error of the predicted noise."""
+        """Weighted mean squared error of the predicted noise."""
+        if self.flip:
+            images = random_flip(images)
+        errors, timesteps = self._errors(self.network, images, labels)
+        return (errors * self.get_buffer("loss_weight")[timesteps]).mean()
+
+    def _errors(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error of each image at a random timestep, and the timesteps; ``(N,)`` both."""
         x0 = images * 2 - 1
-        alphas_cumprod = self.get_buffer("alphas_cumprod")
+        alphas_cumprod = self.get_buffer("alphas_cumprod").to(x0.device)
         timesteps = torch.randint(len(alphas_cumprod), (len(x0),), device=x0.device)
         noise = torch.randn_like(x0)
         alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         conditioning = {"class_labels": labels} if self.class_conditional else {}
         x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-        return F.mse_loss(self.network(x, timesteps, **conditioning).sample, noise)
+        predicted = network(x, timesteps, **conditioning).sample
+        return (predicted.float() - noise).square().mean((1, 2, 3)), timesteps
 
 
 class ClassifierTraining(TrainingModule):
-    """Cross entropy on randomly rotated, scaled, sheared and shifted images."""
+    """Cross entropy on randomly changed images.
+
+    Args:
+        network, recipe: See ``TrainingModule``.
+        augment: Changes training images ``(N, C, H, W)`` at random.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, augment: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(network, recipe)
+        self._augment = augment
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of the logits."""
-        return F.cross_entropy(self.network(random_affine(images)), labels)
+        return F.cross_entropy(self.network(self._augment(images)), labels)
 
-    @torch.no_grad()
-    def top1(self, batches: Iterable[tuple[Tensor, ...]]) -> float:
-        """Percentage of images that the averaged network gives their label; NaN without images."""
-        network = self.trained_network()
-        hits = [network(images).argmax(1) == labels for images, labels in batches]
-        return float(torch.cat(hits).float().mean() * 100) if hits else float("nan")
+
+@torch.no_grad()
+def top1_percent(network: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> float:
+    """Percentage of images that a network gives their label; NaN without images."""
+    device = next(network.parameters()).device
+    hits = [network(images.to(device)).argmax(1).cpu() == labels for images, labels in batches]
+    return float(torch.cat(hits).float().mean() * 100) if hits else float("nan")
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Each image mirrored left to right, or not, by a fair coin."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(3), images)
+
+
+def random_flip_and_shift(images: Tensor, pixels: int = 4) -> Tensor:
+    """Each image mirrored or not, and shifted by up to ``pixels`` each way; what comes in from outside is mirrored."""
+    images = F.pad(random_flip(images), (pixels,) * 4, mode="reflect")
+    size = [side - 2 * pixels for side in images.shape[2:]]
+    rows, columns = (
+        torch.randint(2 * pixels + 1, (len(images), 1), device=images.device) + torch.arange(side, device=images.device)
+        for side in size
+    )
+    batch = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+    return images.permute(0, 2, 3, 1)[batch, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 def random_affine(images: Tensor) -> Tensor:
