@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -16,3 +18,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for message in EXPECTED_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
     quiet_lightning()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A working directory that is thrown away, so that what a test writes by a relative path never stays."""
+    with contextlib.chdir(tmp_path_factory.mktemp("working")):
+        yield

@@ -56,6 +56,7 @@ ORDER = (
     "quant.states",
     "quant.units",
     "quant.activations",
+    "quant.means",
     "quant.rounding",
     "quant.reconstruction",
     "quant.blockwise",
