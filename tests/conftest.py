@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -27,3 +29,10 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real inputs at {folder}; name their folder in TMPQ_EXP_DATA")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A working directory that is thrown away, so that what a test writes by a relative path never stays."""
+    with contextlib.chdir(tmp_path_factory.mktemp("working")):
+        yield

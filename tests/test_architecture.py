@@ -71,6 +71,7 @@ ORDER = (
     "quant.states",
     "quant.units",
     "quant.activations",
+    "quant.means",
     "quant.rounding",
     "quant.reconstruction",
     "quant.blockwise",

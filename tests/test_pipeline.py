@@ -87,9 +87,9 @@ def num_trials(directory: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_when(directory: Path, moment: Callable[[], bool]) -> None:
+def kill_when(directory: Path, moment: Callable[[], bool], *overrides: str) -> None:
     """Start a run and SIGKILL its process group at a moment, which must come before it ends."""
-    process = start(directory)
+    process = start(directory, *overrides)
     deadline = time.monotonic() + TIMEOUT
     try:
         while not moment():
@@ -465,6 +465,26 @@ def test_a_kill_after_any_trial_changes_nothing(count: int, smoke: Path, tmp_pat
     kill_when(directory, lambda: num_trials(directory) >= count)
     finish(start(directory))
     assert (directory / "trials.jsonl").read_bytes() == (smoke / "trials.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["uniform_prefix", "sampled"])
+def test_a_kill_between_blocks_changes_nothing(method: str, tmp_path: Path) -> None:
+    learned = [f"calibration={method}", "calibration.weight_iterations=4", "calibration.act_iterations=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(whole, *learned))
+    for block in (2, 9):
+        kill_when(killed, (killed / "calibration" / f"unit_{block:04d}.safetensors").exists, *learned)
+        assert not (killed / "supernet.safetensors").exists()
+    finish(start(killed, *learned))
+    states = [read_tensors(directory / "supernet.safetensors", "quantizers")[0] for directory in (whole, killed)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    records = [json.loads((directory / "report.json").read_text())["calibration"] for directory in (whole, killed)]
+    assert records[0] == records[1]
+    assert len(records[0]) > 0
+    assert (killed / "trials.jsonl").read_bytes() == (whole / "trials.jsonl").read_bytes()
+    assert not (killed / "calibration").exists()
 
 
 @pytest.mark.slow

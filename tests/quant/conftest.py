@@ -156,7 +156,7 @@ def module(task: DiffusionTask, digits: Case) -> SupernetModule:
     """Supernet of the digits task, calibrated on a few short trajectories."""
     choices = [BITS] * len(digits.layers)
     module = SupernetModule(task, digits.layers, choices, choices, FAST)
-    config = CalibrationConfig(num_images=4, num_timesteps=5, max_values=2048)
+    config = CalibrationConfig("ranges", num_images=4, num_timesteps=5, max_values=2048)
     calibrate(CalibrationModule(module.supernet, trajectory_states(task, 4, 5, 0), config, 0))
     return module
 

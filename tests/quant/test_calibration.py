@@ -30,7 +30,7 @@ from tmpq_exp.zoo.task import DiffusionTask
 if TYPE_CHECKING:
     from tests.quant.conftest import Case
 
-CONFIG = CalibrationConfig(num_images=2, num_timesteps=3, max_values=1024)
+CONFIG = CalibrationConfig("ranges", num_images=2, num_timesteps=3, max_values=1024)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,14 @@ def reconstruct(case: Case, method: str, folder: Path, max_bytes: int = 2**30, k
     conditioning = {key: value for key, value in inputs.items() if key not in ("sample", "timestep")}
     found = [CalibrationState(inputs["sample"] + t / 100, t, conditioning) for t in (5, 1)]
     config = CalibrationConfig(
-        method=method, max_values=1024, weight_iterations=2, act_iterations=2, batch_size=2, weight_learning_rate=0.3
+        method=method,
+        max_values=1024,
+        weight_iterations=2,
+        act_iterations=2,
+        batch_size=2,
+        weight_learning_rate=0.3,
+        regularizer_weight=None,
+        correct_means=True,
     )
     files = UnitFiles(folder / "calibration", "inputs")
     with ActivationStore(max_bytes, folder / "spill", torch.device("cpu")) as store:

@@ -56,7 +56,12 @@ def learn(
     **settings: Any,
 ) -> tuple[Supernet, list[UnitRecord]]:
     """Reconstruct the units up to and with ``last``."""
-    values = {"method": "uniform_prefix", "weight_learning_rate": 0.05, "act_learning_rate": 2e-3} | settings
+    values = {
+        "method": "uniform_prefix",
+        "correct_means": False,
+        "weight_learning_rate": 0.05,
+        "act_learning_rate": 2e-3,
+    } | settings
     supernet = low_bits(case, config)
     records: list[UnitRecord] = []
     with ActivationStore(2**30, tmp_path / "spill", CPU) as store:
@@ -154,7 +159,7 @@ def test_sampled_units_see_mixed_activations(cross_attention: Case, tmp_path: Pa
     inputs = cross_attention.inputs(2)
     states = [CalibrationState(inputs["sample"], 300, {"encoder_hidden_states": inputs["encoder_hidden_states"]})] * 2
     with ActivationStore(2**30, tmp_path / "spill", CPU) as store:
-        config = CalibrationConfig(method="sampled")
+        config = CalibrationConfig(method="sampled", correct_means=False)
         blockwise = BlockwiseReconstruction(supernet, states, config, 0, store)
         assert blockwise.passes == ("sampled",)
         unit = max(blockwise.units, key=lambda unit: len(unit.layers))

@@ -106,7 +106,7 @@ def test_hard_rounding_is_floor_or_one_above(granularity: str, symmetric: bool, 
     layer = linear_layer(granularity, symmetric, bits, seam)
     weight, quantizer = layer.float_layer.weight.detach(), layer.weight_quantizer
     untouched = quantizer(weight, 8)
-    rounding = SoftRounding(layer, bits)
+    rounding = SoftRounding(layer, bits, 0.01)
     with torch.no_grad():
         rounding.parameter.copy_(torch.randn(5, 7, generator=torch.Generator().manual_seed(2)))
     rounding.commit()
@@ -133,7 +133,7 @@ def test_a_rounding_that_was_not_learned_is_to_nearest(granularity: str, symmetr
 
 def test_soft_weights_start_from_the_float_weights_within_the_range() -> None:
     layer = linear_layer("per_channel", False, 8)
-    torch.testing.assert_close(SoftRounding(layer, 8).weight(), layer.float_layer.weight, atol=1e-2, rtol=0)
+    torch.testing.assert_close(SoftRounding(layer, 8, 0.01).weight(), layer.float_layer.weight, atol=1e-2, rtol=0)
 
 
 def test_a_learned_scale_follows_a_cosine_and_stays_positive() -> None:

@@ -89,10 +89,13 @@ class CalibrationConfig:
         batch_size: States a step, at least 1.
         weight_learning_rate: Of the rounding's logits, above 0.
         act_learning_rate: Of the activation scales, falling to 0 along a cosine; above 0.
+        regularizer_weight: Of AdaRound's regularizer, a sum over all weights, at least 0; null: the loss of the block
+            before divided by its number of weights.
+        correct_means: Flip roundings of a block's last layer, once all is learned, against the mean error of channels.
         max_cache_bytes: Memory cap of kept activations; what is beyond it goes to files in the run directory.
     """
 
-    method: str = "ranges"
+    method: str = "uniform_prefix"
     states: str | None = None
     num_images: int = 32
     num_timesteps: int = 20
@@ -102,6 +105,8 @@ class CalibrationConfig:
     batch_size: int = 16
     weight_learning_rate: float = 1e-3
     act_learning_rate: float = 4e-4
+    regularizer_weight: float | None = 0.01
+    correct_means: bool = True
     max_cache_bytes: int = 2 * 2**30
 
     def __post_init__(self) -> None:
@@ -117,3 +122,7 @@ class CalibrationConfig:
         for name in ("weight_learning_rate", "act_learning_rate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"calibration.{name} must be above 0, found {getattr(self, name)}")
+        if self.regularizer_weight is not None and not self.regularizer_weight >= 0:
+            raise UserError(
+                f"calibration.regularizer_weight must be at least 0 or null, found {self.regularizer_weight}"
+            )

@@ -127,6 +127,13 @@ class UnitInputs:
         ]
         return tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
 
+    def are_shared(self, batch_size: int) -> bool:
+        """Whether all images of a state, ``batch_size`` one after the other and more than one, have the same inputs."""
+        per_state = [
+            x.unflatten(0, (-1, batch_size)) for x, kept in zip(self.leaves, self.stacked, strict=True) if kept
+        ]
+        return batch_size > 1 and all(bool((x == x[:, :1]).all()) for x in per_state)
+
     def release(self, store: ActivationStore) -> None:
         """Count the room of what is stacked as free."""
         for leaf, stacked in zip(self.leaves, self.stacked, strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor
 from tmpq_exp.config import CalibrationConfig
 from tmpq_exp.quant.activations import ActivationStore, Stream
 from tmpq_exp.quant.layers import WeightedLayer, layers_at
+from tmpq_exp.quant.means import InputMoments, flip_roundings, last_layer
 from tmpq_exp.quant.reconstruction import (
     Draw,
     UnitData,
@@ -21,7 +22,7 @@ from tmpq_exp.quant.reconstruction import (
     random_draw,
     shuffled_draws,
     uniform_draw,
-    unit_loss,
+    unit_error,
 )
 from tmpq_exp.quant.states import CalibrationState
 from tmpq_exp.quant.supernet import Supernet
@@ -61,8 +62,8 @@ class BlockwiseReconstruction:
     References:
         Li et al., "BRECQ", ICLR 2021: reconstruction block by block. Sun et al., "TMPQ-DM", arXiv 2404.09532: one
         parameter set a bit width, learned behind a network at that width (release) or at widths drawn at random
-        (paper). Differs from the release in that every width has fresh moments and a schedule of its own, and that
-        learned parameters are kept only where they lower the error over all states.
+        (paper). Differs from the release in that every width has fresh moments and a schedule of its own, that
+        learned parameters are kept only where they lower the error over all states, and in ``config.correct_means``.
     """
 
     def __init__(
@@ -90,26 +91,34 @@ class BlockwiseReconstruction:
     def learn(self, index: int, name: int | str) -> list[UnitRecord]:
         """Learn the parameters of a unit in one pass; they are kept where they lower its error.
 
+        A unit that sees the timestep alone, as those of a time embedding, stays as it is: it would learn the few
+        calibrated timesteps by heart.
+
         Returns:
             A record for every bit width of the pass.
         """
         unit, config = self.units[index], self.config
         for layer in unit.layers:
-            if isinstance(layer, WeightedLayer) and config.weight_iterations:
+            if isinstance(layer, WeightedLayer) and (config.weight_iterations or config.correct_means):
                 layer.weight_quantizer.start_rounding(layer.float_layer.weight.detach())
         inputs = self._streams[name].inputs()
         try:
             data = UnitData(inputs, self._float.output(index), self.store.device, self._float.batch_size)
             widths = self.widths if isinstance(name, str) else (name,)
             judged = {bits: uniform_draw(unit.layers, bits) for bits in widths}
-            before = {bits: unit_loss(unit, data, draw) for bits, draw in judged.items()}
+            before = {bits: unit_error(unit, data, draw)[0] for bits, draw in judged.items()}
             kept = {key: value.clone() for key, value in self.supernet.quantizer_state(unit.layers).items()}
             generator = stream(self.seed, "reconstruction", unit.name, name)
+            if inputs.are_shared(self._float.batch_size):
+                return [UnitRecord(unit.name, bits, loss, loss) for bits, loss in before.items()]
             draws = self._draws(unit, name, generator)
-            learn_unit(unit, data, draws, self._learned_at(unit, name), config, generator)
+            error = sum(before.values()) / len(before)
+            learn_unit(unit, data, draws, self._learned_at(unit, name), config, generator, error)
             records = []
             for bits, draw in judged.items():
-                after = unit_loss(unit, data, draw)
+                after = (
+                    self._correct_mean(unit, data, draw) if config.correct_means else unit_error(unit, data, draw)[0]
+                )
                 if not after <= before[bits]:
                     self._restore(unit, kept, self._learned_at(unit, bits))
                     after = before[bits]
@@ -117,6 +126,28 @@ class BlockwiseReconstruction:
             return records
         finally:
             inputs.release(self.store)
+
+    def _correct_mean(self, unit: Unit, data: UnitData, draw: Draw) -> float:
+        """Flip roundings of the unit's last layer against the mean errors of its channels; kept where they fall.
+
+        Returns:
+            Squared output error that the unit then has.
+        """
+        targets = data.targets
+        layer = last_layer(unit, targets.shape[1 if targets.dim() == 4 else -1])
+        if layer is None:
+            return unit_error(unit, data, draw)[0]
+        moments = InputMoments(layer)
+        with moments.observing():
+            squared, error = unit_error(unit, data, draw)
+        before = layer.weight_quantizer.rounding.clone()
+        flip_roundings(layer, draw[unit.layers.index(layer)].weight_bits, moments, error)
+        squared_after, error_after = unit_error(unit, data, draw)
+        if error_after.square().sum() <= error.square().sum():
+            return squared_after
+        layer.weight_quantizer.rounding = before
+        layer.cache.clear()
+        return squared
 
     def finish(self, index: int) -> None:
         """Carry the activations through the unit with the parameters it has now."""

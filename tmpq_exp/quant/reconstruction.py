@@ -62,6 +62,11 @@ def reconstruction_loss(output: Tensor, target: Tensor, norm: float) -> Tensor:
     return powers.sum() * (output.shape[1 if output.dim() == 4 else -1] / output.numel())
 
 
+def mean_error(output: Tensor, target: Tensor) -> Tensor:
+    """Error of every channel, averaged over images and positions, ``(C,)``; shapes as in ``reconstruction_loss``."""
+    return (output - target).mean((0, 2, 3) if output.dim() == 4 else tuple(range(output.dim() - 1)))
+
+
 def nearest_choice(choices: Sequence[int], bits: int) -> int:
     """The bit width nearest to ``bits``; the larger of two."""
     return min(choices, key=lambda choice: (abs(choice - bits), -choice))
@@ -111,14 +116,21 @@ class UnitLearning:
         self._scales: dict[tuple[Quantizer, int], LearnedScale] = {}
         self._limits: dict[tuple[Quantizer, int, int], tuple[Any, Any]] = {}
 
-    def learn_roundings(self, layers: Sequence[QuantLayer], draws: Iterable[Draw], widths: Collection[int]) -> None:
-        """Learn the rounding of every weight at every bit width of these draws, as far as it is one of ``widths``."""
+    def learn_roundings(
+        self, layers: Sequence[QuantLayer], draws: Iterable[Draw], widths: Collection[int], regularizer: float
+    ) -> None:
+        """Learn the rounding of every weight at every bit width of these draws, as far as it is one of ``widths``.
+
+        Args:
+            layers, draws, widths: See ``learn_unit``.
+            regularizer: Weight of the regularizer, of its sum over the weights.
+        """
         for draw in draws:
             for layer, setting in zip(layers, draw, strict=True):
                 bits = setting.weight_bits
                 key = (layer.name, bits)
                 if isinstance(layer, WeightedLayer) and bits in widths and key not in self._roundings:
-                    self._roundings[key] = SoftRounding(layer, bits)
+                    self._roundings[key] = SoftRounding(layer, bits, regularizer)
 
     def learn_scales(self, layers: Sequence[QuantLayer], draws: Iterable[Draw], widths: Collection[int]) -> None:
         """Learn the scale of every static activation at every bit width of these draws, if it is one of ``widths``."""
@@ -185,6 +197,7 @@ def learn_unit(
     widths: Collection[int],
     config: CalibrationConfig,
     generator: torch.Generator,
+    error: float,
 ) -> None:
     """Learn the roundings of a unit, commit them, then learn its activation scales, and commit them.
 
@@ -193,20 +206,28 @@ def learn_unit(
         data: Inputs and targets.
         draws: Settings of every step, for the roundings and for the scales.
         widths: What is learned at these bit widths; what the draws hold at others stays as it is.
-        config: Batch size and learning rates.
+        config: Batch size, learning rates, and the regularizer's weight.
         generator: Which images a step sees.
+        error: The unit's loss before; what the regularizer is measured by if the configuration gives it no weight.
 
     References:
         Li et al., "BRECQ", ICLR 2021: block by block, roundings before activation scales. Differs from it in that the
-        unit's activations are quantized while its roundings are learned, which gave lower errors on the embedded model.
+        unit's activations are quantized while its roundings are learned, which gave lower errors on the embedded model;
+        in a regularizer that begins as large as the
+        error where its weight is null: at 0.01 a weight it outweighs the error of small blocks by orders of magnitude,
+        which a short schedule cannot make up for.
     """
+    regularizer = config.regularizer_weight
+    if regularizer is None:
+        num_weights = sum(x.float_layer.weight.numel() for x in unit.layers if isinstance(x, WeightedLayer))
+        regularizer = error / max(1, num_weights)
     for norm, steps, rate in (
         (WEIGHT_NORM, draws[0], config.weight_learning_rate),
         (ACT_NORM, draws[1], config.act_learning_rate),
     ):
         learning = UnitLearning()
         if norm == WEIGHT_NORM:
-            learning.learn_roundings(unit.layers, steps, widths)
+            learning.learn_roundings(unit.layers, steps, widths, regularizer)
         else:
             learning.learn_scales(unit.layers, steps, widths)
         if steps and learning.learned:
@@ -251,10 +272,12 @@ def _descend(
 
 
 @torch.no_grad()
-def unit_loss(unit: Unit, data: UnitData, draw: Draw) -> float:
-    """Squared output error of a unit at these settings, over all images; see ``reconstruction_loss``."""
-    total, count = 0.0, len(data.targets)
+def unit_error(unit: Unit, data: UnitData, draw: Draw) -> tuple[float, Tensor]:
+    """Error of a unit at these settings over all images: see ``reconstruction_loss`` and ``mean_error``."""
+    total, mean = 0.0, torch.zeros((), device=data.device)
     with layers_at(unit.layers, draw):
-        for batch in torch.arange(count).split(data.batch_size):  # type: ignore[no-untyped-call]
-            total += len(batch) * float(reconstruction_loss(*data.run(unit, batch), WEIGHT_NORM))
-    return total / count
+        for batch in torch.arange(len(data.targets)).split(data.batch_size):  # type: ignore[no-untyped-call]
+            output, target = data.run(unit, batch)
+            total += len(batch) * float(reconstruction_loss(output, target, WEIGHT_NORM))
+            mean = mean + len(batch) * mean_error(output, target)
+    return total / len(data.targets), mean / len(data.targets)

@@ -22,8 +22,6 @@ BETA_START, BETA_END = 20.0, 2.0
 WARM_UP = 0.2
 """Share of the iterations without regularizer."""
 
-REGULARIZER_WEIGHT = 0.01
-
 
 def rectified_sigmoid(logits: Tensor) -> Tensor:
     """Share in [0, 1] by which a weight is rounded up.
@@ -140,10 +138,11 @@ class SoftRounding(Learned):
     Args:
         layer: The layer; its quantizer has room for roundings.
         bits: Bit width.
+        regularizer: Weight of the regularizer.
     """
 
-    def __init__(self, layer: WeightedLayer, bits: int) -> None:
-        self.layer, self.bits = layer, bits
+    def __init__(self, layer: WeightedLayer, bits: int, regularizer: float) -> None:
+        self.layer, self.bits, self.regularizer = layer, bits, regularizer
         weight, quantizer = layer.float_layer.weight.detach(), layer.weight_quantizer
         index = quantizer.calibrated_choice(bits)
         self._scale, zero_point = (
@@ -163,7 +162,7 @@ class SoftRounding(Learned):
     def penalty(self) -> Tensor | None:
         """The regularizer of the shares that ``weight`` used last."""
         beta = annealed_beta(self.progress)
-        return None if beta is None else rounding_regularizer(self._share, beta) * REGULARIZER_WEIGHT
+        return None if beta is None else rounding_regularizer(self._share, beta) * self.regularizer
 
     def learning_rate(self, initial: float) -> float:
         """Constant."""
