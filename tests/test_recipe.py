@@ -42,7 +42,7 @@ def make_module(task: DiffusionTask, config: QuantConfig) -> SupernetModule:
     layers = task_layers(task)
     choices = [(8,) if isinstance(shape, AttentionShape) else (8, 6) for shape in layers]
     module = SupernetModule(task, layers, choices, [(8, 6)] * len(layers), config)
-    calibration = CalibrationConfig(num_images=2, num_timesteps=2, max_values=1024)
+    calibration = CalibrationConfig("ranges", num_images=2, num_timesteps=2, max_values=1024)
     fitting = CalibrationModule(module.supernet, trajectory_states(task, 2, 2, 0), calibration, 0)
     fitting.on_train_epoch_start()
     for index in fitting.train_dataloader():

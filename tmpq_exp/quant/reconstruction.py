@@ -212,10 +212,9 @@ def learn_unit(
 
     References:
         Li et al., "BRECQ", ICLR 2021: block by block, roundings before activation scales. Differs from it in that the
-        unit's activations are quantized while its roundings are learned, which gave lower errors on the embedded model;
-        in a regularizer that begins as large as the
-        error where its weight is null: at 0.01 a weight it outweighs the error of small blocks by orders of magnitude,
-        which a short schedule cannot make up for.
+        unit's activations are quantized while its roundings are learned, which gave lower errors on the embedded model,
+        and, where its weight is null, in a regularizer that begins as large as the error: at 0.01 a weight it outweighs
+        the error of small blocks by orders of magnitude.
     """
     regularizer = config.regularizer_weight
     if regularizer is None:
