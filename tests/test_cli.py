@@ -298,7 +298,7 @@ def test_installed_package_runs_from_anywhere(tmp_path: Path) -> None:
     assert "_target_: tmpq_exp.pipeline.run" in shown.stdout
     refused = tmpq(elsewhere, "winograd=f7", PYTHONPATH=str(target))
     assert refused.returncode == 2
-    assert only_line(refused.stderr).endswith("options: f2, f4, f6, none")
+    assert only_line(refused.stderr).endswith("options: f2, f4, f4_shaped, f6, f6_paper, f6_shaped, none")
     found = [sys.executable, "-c", "import tmpq_exp; print(tmpq_exp.__file__)"]
     where = subprocess.run(found, cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(target)}, capture_output=True)
     assert str(target) in where.stdout.decode()  # not the checkout
