@@ -182,8 +182,8 @@ class EvaluationConfig:
     micro_batch: int = 64
     paired_images: int = 512
     bootstrap: int = 100
-    noise_seeds: int = 3
-    ranked_candidates: int = 6
+    noise_seeds: int = 2
+    ranked_candidates: int = 4
     random_control: bool = True
     recalibrated_candidates: int = 0
     recalibrate: bool = False
