@@ -184,7 +184,7 @@ class EvaluationConfig:
     bootstrap: int = 100
     noise_seeds: int = 2
     ranked_candidates: int = 4
-    random_control: bool = True
+    random_control: bool = False
     recalibrated_candidates: int = 0
     recalibrate: bool = False
 
