@@ -133,6 +133,7 @@ class Experiment:
     def baselines(self) -> dict[str, Candidate]:
         """Named baselines: the float reference, float at K quadratic steps, and uniform bits at K steps.
 
+        If asked for, W8A8 at the reference's steps (``w8a8_reference``).
         Where tiles are searched, also W8A8 with one tile at all eligible layers, and the data-free rule. Schedules that
         coincide stand once, under their first name.
         """
@@ -152,6 +153,8 @@ class Experiment:
         for tile in filter(None, self.config.space.tiles):
             allocation = with_tile(named["w8a8"].allocations[0], self.layers, tile)
             named[f"w8a8_f{tile}"] = Candidate(steps, (allocation,))
+        if config.quantized_reference:
+            named["w8a8_reference"] = self.uniform(reference, 8, 8)
         return named if self.tile_rule is None else named | {"winograd_rule": self.tile_rule}
 
     def objective(

@@ -160,6 +160,7 @@ class EvaluationConfig:
         baseline_bits: Uniform bit widths to compare with; 8 and 6 are always among them.
         baseline_spacings: Schedules of those, ``quadratic`` always among them, beside ``leading`` and ``trailing``.
         reference_steps: Steps of the float reference.
+        quantized_reference: Compare with W8A8 at the reference's timesteps too.
         micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads.
         paired_images: Images compared with the float reference's of the same seeds (``psnr_db``, ``feature_mse``).
         bootstrap: Resamples behind the intervals over images, 0 for none.
@@ -179,6 +180,7 @@ class EvaluationConfig:
     baseline_bits: list[int] = field(default_factory=lambda: [8, 6])
     baseline_spacings: list[str] = field(default_factory=lambda: ["quadratic"])
     reference_steps: int = 50
+    quantized_reference: bool = False
     micro_batch: int = 64
     paired_images: int = 512
     bootstrap: int = 100

@@ -93,6 +93,9 @@ BASELINE_NAMES = ("float_reference", "float_k", "w8a8", "w6a6")
 SPACINGS = ("leading", "trailing")
 """Schedules of further baselines, in their names behind the bits; the others are quadratic."""
 
+REFERENCE = "reference"
+"""Ends the name of a baseline at the float reference's timesteps."""
+
 TILE_RULE = "winograd_rule"
 """Name of the baseline whose tiles the data-free rule chose."""
 
@@ -221,6 +224,8 @@ def entry_label(entry: Mapping[str, Any], *, is_best: bool = False) -> str:
     _, _, kind = str(entry["name"]).partition("_")
     if kind.startswith("f") and kind[1:].isdigit():
         return f"{bits}, F({kind[1:]},3)"
+    if kind == REFERENCE:
+        return f"{bits}, {len(entry['timesteps'])} steps"
     return f"{bits}, {kind}" if kind in SPACINGS else bits
 
 
