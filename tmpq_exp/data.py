@@ -115,6 +115,18 @@ class ImageData(L.LightningDataModule):
         return self.reference_set.batches(EVALUATION_BATCH)
 
 
+def held_out(count: int, holdout_fraction: float) -> Tensor:
+    """Which of ``count`` images are held out, as a mask: evenly spread, at 1/n every n-th one.
+
+    Raises:
+        ValueError: If the fraction is not in [0, 1).
+    """
+    if not 0 <= holdout_fraction < 1:
+        raise ValueError(f"data.holdout_fraction must be in [0, 1), found {holdout_fraction}")
+    share = Fraction(holdout_fraction).limit_denominator(10**6)
+    return torch.tensor([i * share // 1 != (i - 1) * share // 1 for i in range(count)])
+
+
 class DigitsData(ImageData):
     """UCI digits; the reference is all of them.
 
@@ -127,11 +139,8 @@ class DigitsData(ImageData):
     description = "UCI digits as shipped by scikit-learn (CC BY 4.0), 8x8 resized bilinearly to 16x16"
 
     def __init__(self, batch_size: int, holdout_fraction: float = 0.0, seed: int = 0) -> None:
-        if not 0 <= holdout_fraction < 1:
-            raise ValueError(f"data.holdout_fraction must be in [0, 1), found {holdout_fraction}")
         images, labels = uci_digits()
-        share = Fraction(holdout_fraction).limit_denominator(10**6)
-        held = torch.tensor([i * share // 1 != (i - 1) * share // 1 for i in range(len(images))])
+        held = held_out(len(images), holdout_fraction)
         train, holdout = (LabelledImages(images[mask], labels[mask]) for mask in (~held, held))
         super().__init__(batch_size, seed, train, holdout, LabelledImages(images, labels))
 

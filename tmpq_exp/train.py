@@ -21,14 +21,15 @@ from tmpq_exp.progress import StageProgress, quiet_lightning
 from tmpq_exp.report import samples_png
 from tmpq_exp.rundir import RunDirectory, describe_environment
 from tmpq_exp.seeding import stream_seed
-from tmpq_exp.zoo.embedded import EmbeddedDDPM, FeatureClassifier
-from tmpq_exp.zoo.task import DiffusionTask, TrainableModel
+from tmpq_exp.zoo.clip import ContrastiveNetwork, ContrastiveTraining, retrieval_percent
+from tmpq_exp.zoo.embedded import FeatureClassifier
+from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel
 from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, TrainingModule, top1_percent
 from tmpq_exp.zoo.weights import write_tensors
 
 CHECKPOINT_EVERY_STEPS = 1000
 
-SAMPLE_COLUMNS = 12
+SAMPLE_COLUMNS, MAX_SAMPLE_ROWS = 12, 22
 
 ERROR_DRAWS = 10000
 """Images times draws, at least, behind a diffusion model's noise error."""
@@ -37,8 +38,12 @@ ERROR_DRAWS = 10000
 def train(config: Config, resolved: dict[str, Any]) -> None:
     """Train, assess and save; a killed run goes on from its last checkpoint, with fresh random numbers from there.
 
-    Writes ``model.safetensors`` and ``model_card.md`` into the run directory; for a classifier also
-    ``reference.safetensors``, the statistics of the data under its features, for a diffusion model ``samples.png``.
+    Writes ``model.safetensors`` and ``model_card.md`` into the run directory; for a network whose features serve a
+    Frechet distance also ``reference.safetensors``, the statistics of the data under them, for a diffusion model
+    ``samples.png``.
+
+    Raises:
+        ValueError: If model, data or, for a diffusion model, the metric of its card cannot be used.
     """
     quiet_lightning()
     run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
@@ -52,6 +57,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     data = instantiate(config.data)
     if not isinstance(data, ImageData):
         raise UserError(f"data: {type(data).__name__} holds no training images; choose digits or cifar10")
+    _check_fit(config, model, data)
     module = model.training_module()
     num_steps = module.recipe.num_steps
     checkpoint = ModelCheckpoint(run.path, filename="last", save_top_k=1, every_n_train_steps=CHECKPOINT_EVERY_STEPS)
@@ -87,6 +93,24 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     print(f"weights     {run.weights}\nmodel card  {run.model_card}")
 
 
+def _check_fit(config: Config, model: TrainableModel, data: ImageData) -> None:
+    """Refuse before the training what would fail in it or behind it.
+
+    Raises:
+        UserError: If the data or the metric of a diffusion model is of other images.
+    """
+    found = tuple(data.reference_set.pixels.shape[1:])
+    if found != model.image_shape:
+        raise UserError(f"data: {model.name} is trained on images of shape {model.image_shape}, found {found}")
+    if isinstance(model, TrainableDiffusionModel):
+        metric: FrechetMetric = instantiate(config.evaluation.metric)
+        if metric.image_shape not in (None, model.image_shape):
+            raise UserError(
+                f"evaluation: {metric.name} takes images of shape {metric.image_shape}, model {model.name} makes "
+                f"{model.image_shape}; choose another evaluation"
+            )
+
+
 def _assess(
     config: Config,
     model: TrainableModel,
@@ -95,23 +119,33 @@ def _assess(
     data: ImageData,
     run: RunDirectory,
 ) -> dict[str, float]:
-    """Figures of the trained network for its card; a classifier's reference statistics are written as well."""
-    if isinstance(module, ClassifierTraining):
-        assert isinstance(network, FeatureClassifier)
-        sums = FeatureSums(network)
-        device = next(network.parameters()).device
-        for images, _ in data.reference_dataloader():
-            sums.update(images.to(device))
-        sums.statistics().save(run.reference, f"{sums.num_images} images of: {data.description}; uint8")
-        return {"top-1 on held-out images, percent": top1_percent(network, data.val_dataloader())}
-    assert isinstance(module, DiffusionTraining)
-    assert isinstance(model, EmbeddedDDPM)
-    task = model.wrap(network)
-    _draw_samples(task, config, run, model.class_names)
-    metric: FrechetMetric = instantiate(config.evaluation.metric)
+    """Figures of the trained network for its card; reference statistics under its features are written as well."""
+    if isinstance(model, TrainableDiffusionModel):
+        assert isinstance(module, DiffusionTraining)
+        task = model.wrap(network)
+        _draw_samples(task, config, run, model.condition_names)
+        return _noise_error(module, network, data) | _image_quality(task, config)
+    assert isinstance(network, FeatureClassifier | ContrastiveNetwork)
+    sums = FeatureSums(network)
+    device = next(network.parameters()).device
+    for images, _ in data.reference_dataloader():
+        sums.update(images.to(device))
+    sums.statistics().save(run.reference, f"{sums.num_images} images of: {data.description}; uint8")
+    if isinstance(network, ContrastiveNetwork):
+        name = "held-out images whose nearest caption tells their scene, percent"
+        return {name: retrieval_percent(network, data.val_dataloader())}
+    return {"top-1 on held-out images, percent": top1_percent(network, data.val_dataloader())}
+
+
+def _noise_error(module: DiffusionTraining, network: nn.Module, data: ImageData) -> dict[str, float]:
     draws = max(1, ERROR_DRAWS // len(data.reference_set.labels))
     name = f"noise MSE of the averaged weights, {len(data.reference_set.labels)} images, {draws} draws each"
-    quality = {name: module.average_error(network, data.reference_dataloader(), draws)}
+    return {name: module.average_error(network, data.reference_dataloader(), draws)}
+
+
+def _image_quality(task: DiffusionTask, config: Config) -> dict[str, float]:
+    metric: FrechetMetric = instantiate(config.evaluation.metric)
+    quality = {}
     for num_steps in (config.space.num_inference_steps, config.evaluation.reference_steps):
         name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} quadratic steps"
         quality[name] = metric(_images(task, config, num_steps))
@@ -119,14 +153,13 @@ def _assess(
 
 
 def _draw_samples(task: DiffusionTask, config: Config, run: RunDirectory, names: Sequence[str]) -> None:
-    """samples.png: a row a class, at the steps of the float reference."""
-    num_classes = len(names)
+    """samples.png: a row a condition, every n-th one where they are many, at the steps of the float reference."""
+    rows = range(0, len(names), -(-len(names) // MAX_SAMPLE_ROWS))
     timesteps = spaced_timesteps(task.num_train_timesteps, config.evaluation.reference_steps, TimestepSpacing.QUADRATIC)
+    indices = [row + column * len(names) for row in rows for column in range(SAMPLE_COLUMNS)]
     with torch.inference_mode():
-        images = task.sample(
-            task.unet, range(SAMPLE_COLUMNS * num_classes), timesteps, stream_seed(config.seed, "final")
-        )
-    samples_png(run.samples, [(name, images[label::num_classes].cpu()) for label, name in enumerate(names)])
+        images = task.sample(task.unet, indices, timesteps, stream_seed(config.seed, "final")).cpu()
+    samples_png(run.samples, [(names[row], part) for row, part in zip(rows, images.split(SAMPLE_COLUMNS), strict=True)])
 
 
 def _device_name(device: torch.device) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tmpq_exp.data import to_uint8
 from tmpq_exp.zoo.cifar import CifarClassifier
+from tmpq_exp.zoo.clip import DigitsCLIP
 from tmpq_exp.zoo.digits import DigitsClassifier
 from tmpq_exp.zoo.embedded import EmbeddedClassifier, embedded_file
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
@@ -254,12 +255,21 @@ def cifar10_frechet(checkpoint: str | None = None, reference: str | None = None)
     return _frechet("fd_cifar10", CifarClassifier(checkpoint), reference)
 
 
-def _frechet(name: str, classifier: EmbeddedClassifier, reference: str | None) -> FrechetMetric:
-    network = classifier.load()
-    path = Path(reference) if reference else embedded_file(classifier.name, "reference.safetensors")
+def clip_digits_frechet(checkpoint: str | None = None, reference: str | None = None) -> FrechetMetric:
+    """``fd_clip_digits``: image embeddings of ``clip_digits``, against scenes drawn for the embedded prompts.
+
+    Args:
+        checkpoint, reference: See ``digits_frechet``.
+    """
+    return _frechet("fd_clip_digits", DigitsCLIP(checkpoint), reference)
+
+
+def _frechet(name: str, model: EmbeddedClassifier | DigitsCLIP, reference: str | None) -> FrechetMetric:
+    network = model.load()
+    path = Path(reference) if reference else embedded_file(model.name, "reference.safetensors")
     statistics = FeatureStatistics.load(path)
     if len(statistics.mean) != network.num_features:
         raise ValueError(
             f"reference statistics: {path} has {len(statistics.mean)} features, the network {network.num_features}"
         )
-    return FrechetMetric(name, network, statistics, classifier.image_shape)
+    return FrechetMetric(name, network, statistics, model.image_shape)

@@ -115,7 +115,6 @@ class DiffusionTraining(TrainingModule):
     Args:
         network, recipe: See ``TrainingModule``.
         alphas_cumprod: ``(num_train_timesteps,)``.
-        class_conditional: Whether the network takes class labels.
         flip: Mirror images at random.
         min_snr_gamma: Weight the error of a timestep by min(SNR, gamma) / SNR; None weighs all the same.
 
@@ -129,13 +128,12 @@ class DiffusionTraining(TrainingModule):
         network: nn.Module,
         recipe: Recipe,
         alphas_cumprod: Tensor,
-        class_conditional: bool,
         *,
         flip: bool = False,
         min_snr_gamma: float | None = None,
     ) -> None:
         super().__init__(network, recipe)
-        self.class_conditional, self.flip = class_conditional, flip
+        self.flip = flip
         snr = alphas_cumprod / (1 - alphas_cumprod)
         weight = torch.ones_like(snr) if min_snr_gamma is None else snr.clamp(max=min_snr_gamma) / snr
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
@@ -169,6 +167,10 @@ class DiffusionTraining(TrainingModule):
         errors, timesteps = self._errors(self.network, images, labels)
         return (errors * self.get_buffer("loss_weight")[timesteps]).mean()
 
+    def conditioning(self, labels: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments of the network for images with these labels, ``(N,)``; here class labels."""
+        return {"class_labels": labels}
+
     def _errors(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of each image at a random timestep, and the timesteps; ``(N,)`` both."""
         x0 = images * 2 - 1
@@ -176,9 +178,8 @@ class DiffusionTraining(TrainingModule):
         timesteps = torch.randint(len(alphas_cumprod), (len(x0),), device=x0.device)
         noise = torch.randn_like(x0)
         alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        conditioning = {"class_labels": labels} if self.class_conditional else {}
         x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-        predicted = network(x, timesteps, **conditioning).sample
+        predicted = network(x, timesteps, **self.conditioning(labels)).sample
         return (predicted.float() - noise).square().mean((1, 2, 3)), timesteps
 
 
