@@ -55,6 +55,8 @@ ORDER = (
     "zoo",
     "zoo.weights",
     "zoo.training",
+    "zoo.conditioning",
+    "zoo.decoding",
     "zoo.task",
     "zoo.resnet",
     "zoo.embedded",
