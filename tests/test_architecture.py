@@ -56,6 +56,8 @@ ORDER = (
     "zoo",
     "zoo.weights",
     "zoo.training",
+    "zoo.conditioning",
+    "zoo.decoding",
     "zoo.task",
     "zoo.resnet",
     "zoo.embedded",

@@ -203,9 +203,7 @@ class CaptionedDigits(ImageData):
         "shipped by scikit-learn (CC BY 4.0)"
     )
 
-    def __init__(
-        self, batch_size: int, num_images: int = 60000, holdout_fraction: float = 0.0, seed: int = 0
-    ) -> None:
+    def __init__(self, batch_size: int, num_images: int = 120000, holdout_fraction: float = 0.0, seed: int = 0) -> None:
         if num_images < 1:
             raise ValueError(f"data.num_images must be at least 1, found {num_images}")
         digits = LabelledImages(*uci_digits())
@@ -238,6 +236,8 @@ def _prompt_labels(images_a_prompt: int) -> Tensor:
 def _drawn(labels: Tensor, digits: LabelledImages, seed: int, name: str) -> LabelledImages:
     """Scenes of these captions."""
     generator, scenes = stream(seed, "scenes", name), list(captioned_scenes().values())
-    pixels = [render([scenes[label] for label in part], digits, generator) for part in labels.split(RENDER_BATCH)]
-    empty = torch.zeros(0, 1, CANVAS_SIZE, CANVAS_SIZE, dtype=torch.uint8)
-    return LabelledImages(torch.cat([empty, *(pixels if len(labels) else [])]), labels)
+    pixels = torch.zeros(len(labels), 1, CANVAS_SIZE, CANVAS_SIZE, dtype=torch.uint8)
+    for first in range(0, len(labels), RENDER_BATCH):
+        part = slice(first, first + RENDER_BATCH)
+        pixels[part] = render([scenes[label] for label in labels[part]], digits, generator)
+    return LabelledImages(pixels, labels)

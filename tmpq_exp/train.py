@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.data import ImageData
-from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
+from tmpq_exp.diffusion.schedule import spaced_timesteps
 from tmpq_exp.files import replace_file
 from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
 from tmpq_exp.progress import StageProgress, quiet_lightning
 from tmpq_exp.report import samples_png
 from tmpq_exp.rundir import RunDirectory, describe_environment
 from tmpq_exp.seeding import stream_seed
-from tmpq_exp.zoo.clip import ContrastiveNetwork, ContrastiveTraining, retrieval_percent
+from tmpq_exp.zoo.clip import ContrastiveNetwork, retrieval_percent
 from tmpq_exp.zoo.embedded import FeatureClassifier
 from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel
-from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, TrainingModule, top1_percent
+from tmpq_exp.zoo.training import DiffusionTraining, TrainingModule, top1_percent
 from tmpq_exp.zoo.weights import write_tensors
 
 CHECKPOINT_EVERY_STEPS = 1000
@@ -147,7 +147,7 @@ def _image_quality(task: DiffusionTask, config: Config) -> dict[str, float]:
     metric: FrechetMetric = instantiate(config.evaluation.metric)
     quality = {}
     for num_steps in (config.space.num_inference_steps, config.evaluation.reference_steps):
-        name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} quadratic steps"
+        name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} {task.spacing.value} steps"
         quality[name] = metric(_images(task, config, num_steps))
     return quality
 
@@ -155,11 +155,12 @@ def _image_quality(task: DiffusionTask, config: Config) -> dict[str, float]:
 def _draw_samples(task: DiffusionTask, config: Config, run: RunDirectory, names: Sequence[str]) -> None:
     """samples.png: a row a condition, every n-th one where they are many, at the steps of the float reference."""
     rows = range(0, len(names), -(-len(names) // MAX_SAMPLE_ROWS))
-    timesteps = spaced_timesteps(task.num_train_timesteps, config.evaluation.reference_steps, TimestepSpacing.QUADRATIC)
+    timesteps = spaced_timesteps(task.num_train_timesteps, config.evaluation.reference_steps, task.spacing)
     indices = [row + column * len(names) for row in rows for column in range(SAMPLE_COLUMNS)]
     with torch.inference_mode():
         images = task.sample(task.unet, indices, timesteps, stream_seed(config.seed, "final")).cpu()
-    samples_png(run.samples, [(names[row], part) for row, part in zip(rows, images.split(SAMPLE_COLUMNS), strict=True)])
+    parts = torch.split(images, SAMPLE_COLUMNS)
+    samples_png(run.samples, [(names[row], part) for row, part in zip(rows, parts, strict=True)])
 
 
 def _device_name(device: torch.device) -> str:
@@ -169,7 +170,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _images(task: DiffusionTask, config: Config, num_steps: int) -> Iterator[Tensor]:
-    timesteps = spaced_timesteps(task.num_train_timesteps, num_steps, TimestepSpacing.QUADRATIC)
+    timesteps = spaced_timesteps(task.num_train_timesteps, num_steps, task.spacing)
     seed = stream_seed(config.seed, "final")
     batch = config.evaluation.micro_batch
     for first in range(0, config.evaluation.num_images, batch):

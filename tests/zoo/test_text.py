@@ -26,7 +26,9 @@ def test_digits_are_tokens_of_their_own() -> None:
     assert word_tokenizer().decode([known["four"], known["and"]]) == "four and"
 
 
-@pytest.mark.parametrize(("prompt", "word"), [("a big cat", "big"), ("a #", "#"), ("<unknown>", "<"), ("ünder", "ünder")])
+@pytest.mark.parametrize(
+    ("prompt", "word"), [("a big cat", "big"), ("a #", "#"), ("<unknown>", "<"), ("ünder", "ünder")]
+)
 def test_unknown_words_are_named(prompt: str, word: str) -> None:
     with pytest.raises(ValueError, match=rf"prompt '{prompt}': .* does not know '{word}'; its words are .*handwritten"):
         tokenize(["a three", prompt])

@@ -93,9 +93,7 @@ def fit(module: TrainingModule, images: Tensor, labels: Tensor, tmp_path: Path) 
 
 def test_noise_prediction_lowers_its_loss(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module = DiffusionTraining(
-        Denoiser(), Recipe(30, 0.1, warmup_steps=3), linear_alphas_cumprod(100, 1e-3, 0.2)
-    )
+    module = DiffusionTraining(Denoiser(), Recipe(30, 0.1, warmup_steps=3), linear_alphas_cumprod(100, 1e-3, 0.2))
     losses = fit(module, torch.full((640, 1, 4, 4), 0.5), torch.zeros(640).long(), tmp_path)
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])

@@ -17,7 +17,6 @@ from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import digest
 from tmpq_exp.search.trials import Trial, TrialLog, finite_metrics
-from tmpq_exp.zoo.weights import content_hash
 
 MicroBatches = Callable[[Candidate], Iterable[Tensor]]
 """Images of a candidate under a protocol, one micro-batch after the other."""
@@ -96,17 +95,12 @@ class Objective:
         self.reference_candidate, self._on_trial = reference_candidate, on_trial
         self.state, self.measures_quality, self.bootstrap = state, measures_quality, bootstrap
         self._reference: Tensor | None = None
-        task = module.task
         is_cuda = module.device.type == "cuda"
         self.fingerprint_parts = {
             **metric.fingerprint(),
             **asdict(protocol),
-            "model": task.weights_hash,
-            "schedule": content_hash({"alphas_cumprod": task.alphas_cumprod}),
-            "sample_shape": list(task.sample_shape),
-            "num_classes": task.num_classes,
+            **module.task.fingerprint,
             "torch": torch.__version__,
-            "sampler": f"ddim, eta 0, clip_sample {task.clip_sample}",
             "psnr_reference": reference_candidate.key(),
             "dtype": "float32",
             "tf32": torch.backends.cudnn.allow_tf32 if is_cuda else None,

@@ -94,8 +94,8 @@ class TextToImageTraining(DiffusionTraining):
 class DigitsTextToImage(TrainableDiffusionModel):
     """Text-to-image model of handwritten digits at 24x24, in pixel space, T = 1000, linear betas.
 
-    A text encoder of two layers (0.1 M parameters) that stays float, and a U-Net with cross attention (2.2 M, 154 MMAC a
-    call) that is compressed. Image i is drawn for prompt ``i % 110`` of ``tmpq_exp.scenes.prompts``.
+    A text encoder of two layers (0.1 M parameters) stays float; the U-Net with cross attention (2.2 M, 154 MMAC a call)
+    is compressed. Image i is drawn for prompt ``i % 110`` of ``tmpq_exp.scenes.prompts``.
 
     Args:
         checkpoint: Weights as safetensors; None takes the shipped ones.
