@@ -21,8 +21,6 @@ DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 PAIR_SHARE = 0.6
 """Share of training scenes that hold two digits."""
 
-REFERENCE_IMAGES_A_PROMPT = 100
-
 RENDER_BATCH = 4096
 """Scenes drawn at once."""
 
@@ -189,13 +187,14 @@ def _random_maps(places: Tensor, generator: torch.Generator) -> Tensor:
 class CaptionedDigits(ImageData):
     """Scenes of UCI digits with captions, drawn when the data set is made; a label is the number of a caption.
 
-    The reference holds 100 scenes a prompt of ``prompts()``, drawn with all digits.
+    The reference is drawn with all digits, for the prompts that models are judged on.
 
     Args:
         batch_size, seed: See ``ImageData``; the seed also draws the scenes.
         num_images: Training scenes, at least 1.
         holdout_fraction: Share of the digits that no training scene holds, in [0, 1), and share of ``num_images`` that
             is drawn with them for validation.
+        reference_images: Reference scenes a prompt, at least 1.
     """
 
     description = (
@@ -203,9 +202,17 @@ class CaptionedDigits(ImageData):
         "shipped by scikit-learn (CC BY 4.0)"
     )
 
-    def __init__(self, batch_size: int, num_images: int = 120000, holdout_fraction: float = 0.0, seed: int = 0) -> None:
-        if num_images < 1:
-            raise ValueError(f"data.num_images must be at least 1, found {num_images}")
+    def __init__(
+        self,
+        batch_size: int,
+        num_images: int = 120000,
+        holdout_fraction: float = 0.0,
+        reference_images: int = 100,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("num_images", num_images), ("reference_images", reference_images)):
+            if value < 1:
+                raise ValueError(f"data.{name} must be at least 1, found {value}")
         digits = LabelledImages(*uci_digits())
         held = held_out(len(digits.labels), holdout_fraction)
         train, holdout = (LabelledImages(digits.pixels[mask], digits.labels[mask]) for mask in (~held, held))
@@ -214,7 +221,7 @@ class CaptionedDigits(ImageData):
             seed,
             _drawn(_random_labels(num_images, seed, "train"), train, seed, "train"),
             _drawn(_random_labels(round(num_images * holdout_fraction), seed, "holdout"), holdout, seed, "holdout"),
-            _drawn(_prompt_labels(REFERENCE_IMAGES_A_PROMPT), digits, seed, "reference"),
+            _drawn(_prompt_labels(reference_images), digits, seed, "reference"),
         )
 
 

@@ -1,0 +1,90 @@
+"""The embedded text-to-image model: captions reach the network, some are dropped, and guidance follows them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tmpq_exp.diffusion.schedule import linear_alphas_cumprod
+from tmpq_exp.scenes import captions, prompts
+from tmpq_exp.zoo.task import task_layers
+from tmpq_exp.zoo.text import tokenize
+from tmpq_exp.zoo.text_to_image import DigitsTextToImage, TextToImageNetwork, TextToImageTraining
+from tmpq_exp.zoo.training import Recipe
+
+ALPHAS = linear_alphas_cumprod(1000, 1e-4, 0.02)
+
+
+class Listener(nn.Module):
+    """Notes the tokens it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(1, 1, 1)
+        self.heard: list[Tensor] = []
+
+    def forward(self, x: Tensor, timesteps: Tensor, tokens: Tensor) -> SimpleNamespace:
+        self.heard.append(tokens)
+        return SimpleNamespace(sample=self.body(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 1.0])
+def test_captions_are_dropped_at_their_rate_and_only_in_training(dropout: float) -> None:
+    torch.manual_seed(0)
+    network: Any = Listener()
+    module = TextToImageTraining(network, Recipe(1, 1e-3), ALPHAS, caption_dropout=dropout)
+    labels = torch.arange(4000) % len(captions())
+    images = torch.zeros(4000, 1, 2, 2)
+    module.loss(images, labels)
+    module.average_error(network, [(images, labels)], 1)
+    told, expected = network.heard[0], tokenize(captions())[labels]
+    dropped = (told == tokenize([""])).all(1)
+    assert dropped.float().mean().item() == pytest.approx(dropout, abs=0.02)
+    assert torch.equal(told[~dropped], expected[~dropped])
+    assert torch.equal(network.heard[1], expected)
+
+
+@pytest.fixture(scope="module")
+def untrained() -> TextToImageNetwork:
+    torch.manual_seed(0)
+    return DigitsTextToImage().architecture().eval().requires_grad_(False)
+
+
+def test_layers_are_those_of_the_unet_and_need_no_checkpoint(untrained: TextToImageNetwork) -> None:
+    model = DigitsTextToImage("there/is/none.safetensors")
+    assert model.layers() == task_layers(model.wrap(untrained))
+    assert any("attn2" in shape.name for shape in model.layers())
+    with torch.device("meta"):
+        assert {value.device.type for value in model.architecture().parameters()} == {"meta"}
+
+
+def test_an_image_has_the_prompt_of_its_number(untrained: TextToImageNetwork) -> None:
+    task = DigitsTextToImage().wrap(untrained)
+    states = task.conditioning([0, 3, 110, 113])["encoder_hidden_states"]
+    torch.testing.assert_close(states[:2], untrained.embed(tokenize([prompts()[0], prompts()[3]])))
+    assert torch.equal(states[2:], states[:2])
+
+
+def test_guidance_moves_away_from_the_empty_prompt(untrained: TextToImageNetwork) -> None:
+    x, timestep = torch.randn(1, 1, 24, 24), torch.tensor([500])
+    states = untrained.embed(tokenize(["", prompts()[0]]))
+    without, with_prompt = (untrained.unet(x, timestep, encoder_hidden_states=s.unsqueeze(0)).sample for s in states)
+    guided = DigitsTextToImage(guidance_scale=3.0).wrap(untrained)
+    expected = without + 3 * (with_prompt - without)
+    torch.testing.assert_close(guided.guided(torch.cat([without, with_prompt])), expected)
+    assert (DigitsTextToImage(guidance_scale=1).guided, DigitsTextToImage(guidance_scale=3).guided) == (False, True)
+
+
+@pytest.mark.parametrize("scale", [0.5, float("nan")])
+def test_guidance_below_one_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match=rf"model\.guidance_scale must be at least 1, found {scale}"):
+        DigitsTextToImage(guidance_scale=scale)
+
+
+def test_training_needs_a_recipe() -> None:
+    with pytest.raises(ValueError, match=r"model\.recipe is null"):
+        DigitsTextToImage().training_module()
