@@ -16,7 +16,9 @@ from tmpq_exp.config import Config, UserError
 from tmpq_exp.data import ImageData
 from tmpq_exp.diffusion.schedule import spaced_timesteps
 from tmpq_exp.files import replace_file
-from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
+from tmpq_exp.measuring import quality_metric
+from tmpq_exp.metrics.metric import Place
+from tmpq_exp.metrics.statistics import FeatureSums
 from tmpq_exp.progress import StageProgress, quiet_lightning
 from tmpq_exp.report import samples_png
 from tmpq_exp.rundir import RunDirectory, describe_environment
@@ -108,7 +110,8 @@ def _assess(
     assert isinstance(model, EmbeddedDDPM)
     task = model.wrap(network)
     _draw_samples(task, config, run, model.class_names)
-    metric: FrechetMetric = instantiate(config.evaluation.metric)
+    metric = quality_metric(config)
+    metric.make_ready(Place(next(network.parameters()).device, Path(config.paths.cache_dir)))
     draws = max(1, ERROR_DRAWS // len(data.reference_set.labels))
     name = f"noise MSE of the averaged weights, {len(data.reference_set.labels)} images, {draws} draws each"
     quality = {name: module.average_error(network, data.reference_dataloader(), draws)}
