@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
+from transformers.utils import logging
 
 from tmpq_exp.data import to_uint8
 from tmpq_exp.metrics.inception import rgb
@@ -88,7 +89,15 @@ class LocalClip(ImageTextEncoder):
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            _check_files(folder)
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+            loaded: Any = CLIPModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+            self.model, loading = loaded
+            lost = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+            if lost:
+                raise ValueError(f"{len(lost)} weights are missing or of another size, first {lost[0]}")
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(
@@ -127,6 +136,17 @@ class LocalClip(ImageTextEncoder):
             "resize": f"of the image processor, {settings}",
             "library": f"transformers {version('transformers')}",
         }
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder without the files in whose place transformers would take defaults, without a word."""
+    for choices in (
+        [{"config.json"}],
+        [{"tokenizer.json"}, {"vocab.json", "merges.txt"}],
+        [{"processor_config.json"}, {"preprocessor_config.json"}],
+    ):
+        if not any(all((folder / name).is_file() for name in names) for names in choices):
+            raise ValueError(" or ".join(" and ".join(sorted(names)) for names in choices) + " is missing")
 
 
 def _features(output: Any) -> Tensor:

@@ -120,7 +120,7 @@ def _read_arrays(path: Path, wanted: set[str], expected: str) -> dict[str, np.nd
     if not path.is_file():
         raise ValueError(f"reference statistics: no file at {path}; {expected}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             names = list(file.files)
             arrays = {name: file[name] for name in names if name in wanted}
     except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
