@@ -22,7 +22,8 @@ from tmpq_exp.diffusion.schedule import (
     standing_timestep,
     timestep_groups,
 )
-from tmpq_exp.metrics.frechet import FrechetMetric
+from tmpq_exp.measuring import chosen_metrics
+from tmpq_exp.metrics.metric import Metric, Place
 from tmpq_exp.progress import StageProgress
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 from tmpq_exp.quant.supernet import SupernetModule
@@ -56,6 +57,8 @@ class Experiment:
         run: Run directory.
         task: Float task.
         metric: Quality metric.
+        further: Metrics reported beside it for baselines and winner.
+        warnings: What a reader of the figures must know, found while the run was laid out.
         cost: Prices candidates.
         space: Search space.
         budget_bitops: Ceiling of a candidate.
@@ -71,7 +74,7 @@ class Experiment:
     config: Config
     run: RunDirectory
     task: DiffusionTask
-    metric: FrechetMetric
+    metric: Metric
     cost: CostModel
     space: SearchSpace
     budget_bitops: int
@@ -81,6 +84,8 @@ class Experiment:
     device: torch.device
     winograd: dict[int, tuple[WinogradSpec, ScaleSet]] = field(default_factory=dict)
     tile_rule: Candidate | None = None
+    further: tuple[Metric, ...] = ()
+    warnings: tuple[str, ...] = ()
     calibration: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -118,6 +123,17 @@ class Experiment:
             yield
         finally:
             self.run.add_stage_seconds(name, time.perf_counter() - start)
+
+    def ready_metrics(self) -> None:
+        """Make the metrics ready: features of reference images, from the cache or measured.
+
+        Raises:
+            UserError: If a reference image cannot be read, or has another size than the others.
+        """
+        place = Place(self.device, Path(self.config.paths.cache_dir))
+        with self.timed("references"), bad_input():
+            for metric in (self.metric, *self.further):
+                metric.make_ready(place)
 
     @property
     def search_seed(self) -> int:
@@ -225,18 +241,14 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     if not isinstance(model, DiffusionModel):
         raise UserError(f"model: {_what_it_is_for(model)}")
     task = model.task()
-    metric: FrechetMetric = instantiate(config.evaluation.metric)
-    if metric.image_shape not in (None, task.image_shape):
-        raise UserError(
-            f"evaluation: {metric.name} takes images of shape {metric.image_shape}, model {task.name} makes "
-            f"{task.image_shape}; choose another evaluation"
-        )
+    metrics = chosen_metrics(config, task)
     cost = CostModel(task_layers(task), task.calls_per_step)
     space = _search_space(config, task, cost.layers)
     weight_choices, act_choices = _held_bits(config, space, cost.layers)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
     device = single_device(config)
-    experiment = Experiment(config, run, task, metric, cost, space, 0, module, trials, on_trial, device)
+    experiment = Experiment(config, run, task, metrics.quality, cost, space, 0, module, trials, on_trial, device)
+    experiment.further, experiment.warnings = metrics.further, metrics.warnings
     experiment.budget_bitops = _budget_bitops(experiment)
     experiment.standard_schedule(config.evaluation.reference_steps)  # what is wrong fails here, not after the search
     for m in examined_tiles(config):

@@ -16,10 +16,12 @@ from tmpq_exp.config import Config, UserError
 from tmpq_exp.data import ImageData
 from tmpq_exp.diffusion.schedule import spaced_timesteps
 from tmpq_exp.files import replace_file
-from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
+from tmpq_exp.measuring import quality_metric
+from tmpq_exp.metrics.metric import Place
+from tmpq_exp.metrics.statistics import FeatureSums
 from tmpq_exp.progress import StageProgress, quiet_lightning
 from tmpq_exp.report import samples_png
-from tmpq_exp.rundir import RunDirectory, describe_environment
+from tmpq_exp.rundir import RunDirectory, bad_input, describe_environment
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.zoo.clip import ContrastiveNetwork, retrieval_percent
 from tmpq_exp.zoo.embedded import FeatureClassifier
@@ -103,12 +105,8 @@ def _check_fit(config: Config, model: TrainableModel, data: ImageData) -> None:
     if found != model.image_shape:
         raise UserError(f"data: {model.name} is trained on images of shape {model.image_shape}, found {found}")
     if isinstance(model, TrainableDiffusionModel):
-        metric: FrechetMetric = instantiate(config.evaluation.metric)
-        if metric.image_shape not in (None, model.image_shape):
-            raise UserError(
-                f"evaluation: {metric.name} takes images of shape {metric.image_shape}, model {model.name} makes "
-                f"{model.image_shape}; choose another evaluation"
-            )
+        with bad_input(f", as model {model.name} makes them; choose another metric"):
+            quality_metric(config).check_images(model.image_shape)
 
 
 def _assess(
@@ -144,7 +142,8 @@ def _noise_error(module: DiffusionTraining, network: nn.Module, data: ImageData)
 
 
 def _image_quality(task: DiffusionTask, config: Config) -> dict[str, float]:
-    metric: FrechetMetric = instantiate(config.evaluation.metric)
+    metric = quality_metric(config)
+    metric.make_ready(Place(next(task.unet.parameters()).device, Path(config.paths.cache_dir)))
     quality = {}
     for num_steps in (config.space.num_inference_steps, config.evaluation.reference_steps):
         name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} {task.spacing.value} steps"

@@ -2,118 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tmpq_exp.data import to_uint8
+from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, Place, features_of
+from tmpq_exp.metrics.reference import ReferenceFolder, extractor_hash, open_reference
+from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
 from tmpq_exp.zoo.cifar import CifarClassifier
 from tmpq_exp.zoo.clip import DigitsCLIP
 from tmpq_exp.zoo.digits import DigitsClassifier
 from tmpq_exp.zoo.embedded import EmbeddedClassifier, embedded_file
-from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
-
-
-class FeatureNetwork(Protocol):
-    """Anything with ``num_features`` and a map from images in [0, 1] to features."""
-
-    num_features: int
-
-    def features(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W) -> (N, num_features)``."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Weights, for the fingerprint."""
-        ...
-
-    def to(self, device: torch.device) -> FeatureNetwork:
-        """Itself, moved."""
-        ...
-
-
-FEATURE_BATCH = 500
-"""Images a forward of the feature network, at most, where batches are not given."""
-
-
-@torch.inference_mode()
-def features_of(network: FeatureNetwork, images: Tensor) -> Tensor:
-    """Features in float64 of images in [0, 1], rounded to uint8 first, as saved images would be."""
-    features: Tensor = network.to(images.device).features(to_uint8(images).float() / 255)
-    return features.double()
-
-
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """Gaussian fit of a set of features: mean ``(d,)`` and unbiased covariance ``(d, d)`` in float64."""
-
-    mean: Tensor
-    covariance: Tensor
-    num_images: int
-
-    def save(self, path: Path, source: str) -> None:
-        """Write as safetensors; ``source`` says what the images were."""
-        tensors = {"mean": self.mean, "covariance": self.covariance}
-        write_tensors(path, tensors, {"num_images": str(self.num_images), "source": source})
-
-    @classmethod
-    def load(cls, path: Path) -> FeatureStatistics:
-        """Inverse of ``save``.
-
-        Raises:
-            ValueError: If the file is missing, truncated, or holds other tensors.
-        """
-        tensors, metadata = read_tensors(path, "reference statistics")
-        if tensors.keys() != {"mean", "covariance"} or "num_images" not in metadata:
-            raise ValueError(
-                f"reference statistics: {path} holds {sorted(tensors)}, expected mean and covariance, "
-                "and num_images in its metadata"
-            )
-        mean, covariance, num_images = tensors["mean"], tensors["covariance"], metadata["num_images"]
-        if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)) or not num_images.isdecimal():
-            raise ValueError(
-                f"reference statistics: {path} holds a mean {tuple(mean.shape)}, a covariance "
-                f"{tuple(covariance.shape)} and num_images {num_images!r}, expected (d,), (d, d) and a number"
-            )
-        if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise ValueError(f"reference statistics: {path} holds values that are not finite")
-        return cls(mean.double(), covariance.double(), int(num_images))
-
-
-class FeatureSums:
-    """Running float64 sums of features; memory does not grow with the number of images."""
-
-    def __init__(self, network: FeatureNetwork) -> None:
-        self.network = network
-        self._sum = torch.zeros(network.num_features, dtype=torch.float64)
-        self._outer = torch.zeros(network.num_features, network.num_features, dtype=torch.float64)
-        self.num_images = 0
-
-    @torch.inference_mode()
-    def update(self, images: Tensor) -> None:
-        """Add images in [0, 1], ``(N, C, H, W)``, where they are; the network follows them."""
-        features = features_of(self.network, images)
-        self._sum += features.sum(0).cpu()
-        self._outer += (features.T @ features).cpu()
-        self.num_images += len(images)
-
-    def statistics(self) -> FeatureStatistics:
-        """Mean and covariance of what was added.
-
-        Raises:
-            ValueError: With fewer than two images.
-        """
-        if self.num_images < 2:
-            raise ValueError(f"a covariance needs at least 2 images, found {self.num_images}")
-        mean = self._sum / self.num_images
-        covariance = (self._outer - self.num_images * torch.outer(mean, mean)) / (self.num_images - 1)
-        return FeatureStatistics(mean.clone(), covariance, self.num_images)
+from tmpq_exp.zoo.weights import content_hash
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -153,65 +56,109 @@ def _distance(mean: Tensor, covariance: Tensor, reference: FeatureStatistics, ro
     return float((mean - reference.mean).square().sum() + traces)
 
 
-@dataclass(frozen=True)
-class FrechetMetric:
+class FrechetMetric(Metric):
     """Frechet distance on one feature network against one reference; lower is better.
 
     Args:
         name: Named after the feature network; ``fid`` is reserved for InceptionV3.
         network: Feature network in eval mode.
-        reference: Statistics of the reference images under that network.
+        reference: Statistics of the reference images under that network, or the folder that holds the images.
         image_shape: ``(C, H, W)`` of the images it takes; None takes any.
+        resize: What the network does to the size of images, for the fingerprint.
+        library: Where the network's code comes from, with its version, for the fingerprint.
     """
 
-    name: str
     network: FeatureNetwork
-    reference: FeatureStatistics
-    image_shape: tuple[int, int, int] | None = None
 
-    def __call__(self, batches: Iterable[Tensor]) -> float:
-        """Distance of images in [0, 1], given in batches of ``(N, C, H, W)``."""
-        sums = FeatureSums(self.network)
-        for images in batches:
-            sums.update(images)
-        found = sums.statistics()
-        return _distance(found.mean, found.covariance, self.reference, self._reference_root)
+    def __init__(
+        self,
+        name: str,
+        network: FeatureNetwork,
+        reference: FeatureStatistics | ReferenceFolder,
+        image_shape: tuple[int, int, int] | None = None,
+        *,
+        resize: str = "none",
+        library: str = "tmpq_exp",
+    ) -> None:
+        self.name, self.network, self.image_shape = name, network, image_shape
+        self.resize, self.library, self._reference = resize, library, reference
 
     @cached_property
-    def _reference_root(self) -> Tensor:
+    def extractor(self) -> str:
+        """Hash of the feature network and what is done around it."""
+        return extractor_hash(self.network, self.resize, self.library)
+
+    @property
+    def reference(self) -> FeatureStatistics:
+        """Statistics of the reference; those of a folder are there after ``make_ready``."""
+        assert isinstance(self._reference, FeatureStatistics), "measured before make_ready"
+        return self._reference
+
+    @cached_property
+    def reference_root(self) -> Tensor:
+        """See ``_root``."""
         return _root(self.reference.covariance)
 
-    def paired(self, images: Tensor, reference: Tensor) -> float:
-        """Mean over images of the squared distance between an image's features and its reference image's.
+    def make_ready(self, place: Place) -> None:
+        """Statistics of a reference folder, from the cache or measured."""
+        if isinstance(self._reference, ReferenceFolder):
+            self._reference = self._reference.statistics(self.name, self.network, self.extractor, place)
 
-        Says how far a model's images are from another's at the same seeds, with little noise at few images; a cheap
-        proxy where candidates are many.
+    def start(self, *, resampled: bool = False) -> Measurement:
+        """See ``Metric.start``."""
+        return _Resampled(self) if resampled else _Summed(self)
 
-        Args:
-            images, reference: Images in [0, 1] of the same seeds in the same order, ``(N, C, H, W)``.
-        """
-        distances = [
-            (features_of(self.network, a) - features_of(self.network, b)).square().sum(1)
-            for a, b in zip(torch.split(images, FEATURE_BATCH), torch.split(reference, FEATURE_BATCH), strict=True)
-        ]
-        return float(torch.cat(distances).mean())
+    def fingerprint(self) -> dict[str, Any]:
+        """Hashes of what the number depends on."""
+        return {
+            "metric": self.name,
+            "extractor": self.extractor,
+            "reference": self._reference_hash,
+            "resize": self.resize,
+            "library": self.library,
+        }
 
-    def interval(self, batches: Iterable[Tensor], num_resamples: int, seed: int) -> tuple[float, float]:
-        """Bootstrap interval of the distance over images, 95 %.
+    @cached_property
+    def _reference_hash(self) -> str:
+        return content_hash({"mean": self.reference.mean, "covariance": self.reference.covariance})
 
-        A resample holds fewer distinct images and so lies higher than the distance itself; its quantiles are taken
-        around the mean of the resamples and moved to the distance.
 
-        Args:
-            batches: Images in [0, 1].
-            num_resamples: At least 2.
-            seed: Of the resampling.
+class _Summed(Measurement):
+    """Running sums alone: memory does not grow with the number of images."""
 
-        References:
-            Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Differs from its percentile
-            interval by the centring.
-        """
-        features = torch.cat([features_of(self.network, images).cpu() for images in batches])
+    def __init__(self, metric: FrechetMetric) -> None:
+        self._metric, self._sums = metric, FeatureSums(metric.network)
+
+    def update(self, batch: Batch) -> None:
+        self._sums.update(batch.images)
+
+    def value(self) -> float:
+        found = self._sums.statistics()
+        return _distance(found.mean, found.covariance, self._metric.reference, self._metric.reference_root)
+
+
+class _Resampled(_Summed):
+    """Sums, and every image's features for the interval.
+
+    A resample holds fewer distinct images and so lies higher than the distance itself; its quantiles are taken around
+    the mean of the resamples and moved to the distance.
+
+    References:
+        Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Differs from its percentile interval
+        by the centring.
+    """
+
+    def __init__(self, metric: FrechetMetric) -> None:
+        super().__init__(metric)
+        self._features = list[Tensor]()
+
+    def update(self, batch: Batch) -> None:
+        features = features_of(self._metric.network, batch.images)
+        self._sums.add(features)
+        self._features.append(features.cpu())
+
+    def interval(self, num_resamples: int, seed: int) -> tuple[float, float]:
+        features = torch.cat(self._features)
         rng = np.random.default_rng(seed)
         once = np.ones(len(features))
         weights = [once, *(rng.multinomial(len(features), once / len(features)) for _ in range(num_resamples))]
@@ -224,16 +171,7 @@ class FrechetMetric:
         mean = weights @ features / weights.sum()
         centred = features - mean
         covariance = (centred.T * weights) @ centred / (weights.sum() - 1)
-        return _distance(mean, covariance, self.reference, self._reference_root)
-
-    def fingerprint(self) -> dict[str, str]:
-        """Hashes of what the number depends on."""
-        reference = {"mean": self.reference.mean, "covariance": self.reference.covariance}
-        return {
-            "metric": self.name,
-            "extractor": content_hash(self.network.state_dict()),
-            "reference": content_hash(reference),
-        }
+        return _distance(mean, covariance, self._metric.reference, self._metric.reference_root)
 
 
 def digits_frechet(checkpoint: str | None = None, reference: str | None = None) -> FrechetMetric:
@@ -241,7 +179,7 @@ def digits_frechet(checkpoint: str | None = None, reference: str | None = None) 
 
     Args:
         checkpoint: Other classifier weights; the reference must then be theirs.
-        reference: Other reference statistics, as safetensors.
+        reference: Other reference: a folder of images, or statistics as ``.npz`` or safetensors.
     """
     return _frechet("fd_digits", DigitsClassifier(checkpoint), reference)
 
@@ -266,10 +204,7 @@ def clip_digits_frechet(checkpoint: str | None = None, reference: str | None = N
 
 def _frechet(name: str, model: EmbeddedClassifier | DigitsCLIP, reference: str | None) -> FrechetMetric:
     network = model.load()
-    path = Path(reference) if reference else embedded_file(model.name, "reference.safetensors")
-    statistics = FeatureStatistics.load(path)
-    if len(statistics.mean) != network.num_features:
-        raise ValueError(
-            f"reference statistics: {path} has {len(statistics.mean)} features, the network {network.num_features}"
-        )
-    return FrechetMetric(name, network, statistics, model.image_shape)
+    path = reference or str(embedded_file(model.name, "reference.safetensors"))
+    shape = model.image_shape
+    found = open_reference(name, path, network.num_features, image_shape=shape)
+    return FrechetMetric(name, network, found, shape)

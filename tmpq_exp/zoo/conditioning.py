@@ -113,7 +113,11 @@ class Prompts(Conditioning):
 
     def inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
         """See ``Conditioning.inputs``."""
-        return self._of([self.prompts[int(i) % len(self.prompts)] for i in image_indices])
+        return self._of(self.of_images(image_indices))
+
+    def of_images(self, image_indices: Sequence[int]) -> tuple[str, ...]:
+        """The prompts of these images."""
+        return tuple(self.prompts[int(i) % len(self.prompts)] for i in image_indices)
 
     def null_inputs(self, num_images: int) -> dict[str, Tensor]:
         """See ``Conditioning.null_inputs``."""
