@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -66,6 +66,9 @@ SINGLES = {
 }
 """Captions of one digit, and where it stands."""
 
+PROMPTED_SINGLES = ("a handwritten {word}", "the digit {digit}", "a large {word}")
+"""Those of them that models are judged on, beside small digits in the corners."""
+
 PAIRS = {
     "two digits: {digit} and {other}": ROW,
     "{digit} above {other}": COLUMN,
@@ -121,26 +124,18 @@ def scene_indices() -> Tensor:
 
 @cache
 def prompts() -> tuple[str, ...]:
-    """The 110 captions that models are judged on: eleven rounds of the ten digits, seven of them pairs.
+    """The 110 captions that models are judged on: ten digits in each of eleven ways, seven of them pairs.
 
-    Any run of ten neighbours holds every digit, so that few images are balanced too.
+    Digits and ways alternate together, so that few images are balanced too: any ten neighbours hold every digit, any
+    eleven every way.
     """
     corners = list(CORNERS)
-    pairs = [[caption(template, d, (3 * d + r) % 10) for d in range(10)] for r, template in enumerate(PAIRS)]
-    singles = [
-        [caption("a handwritten {word}", d) for d in range(10)],
-        [caption("the digit {digit}", d) for d in range(10)],
-        [caption("a large {word}", d) for d in range(10)],
-        [caption(f"a small {{word}} at the {corners[d % 4]}", d) for d in range(10)],
+    ways = [
+        *([caption(template, d, (3 * d + r) % 10) for d in range(10)] for r, template in enumerate(PAIRS)),
+        *([caption(template, d) for d in range(10)] for template in PROMPTED_SINGLES),
+        [caption(f"a small {{word}} at the {corners[d % len(corners)]}", d) for d in range(10)],
     ]
-    rounds = [*_alternating(singles, pairs)]
-    return tuple(text for texts in rounds for text in texts)
-
-
-def _alternating(first: list[list[str]], second: list[list[str]]) -> Iterator[list[str]]:
-    """Entries of two lists in turn, then the rest of the longer one."""
-    for index in range(max(len(first), len(second))):
-        yield from (entries[index] for entries in (first, second) if index < len(entries))
+    return tuple(ways[index % len(ways)][index % 10] for index in range(10 * len(ways)))
 
 
 def render(scenes: Sequence[Scene], digits: LabelledImages, generator: torch.Generator) -> Tensor:

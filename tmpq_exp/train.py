@@ -152,8 +152,8 @@ def _image_quality(task: DiffusionTask, config: Config) -> dict[str, float]:
 
 
 def _draw_samples(task: DiffusionTask, config: Config, run: RunDirectory, names: Sequence[str]) -> None:
-    """samples.png: a row a condition, every n-th one where they are many, at the steps of the float reference."""
-    rows = range(0, len(names), -(-len(names) // MAX_SAMPLE_ROWS))
+    """samples.png: a row a condition, the first ones where they are many, at the steps of the float reference."""
+    rows = range(min(len(names), MAX_SAMPLE_ROWS))
     timesteps = spaced_timesteps(task.num_train_timesteps, config.evaluation.reference_steps, task.spacing)
     indices = [row + column * len(names) for row in rows for column in range(SAMPLE_COLUMNS)]
     with torch.inference_mode():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tmpq_exp.scenes import captions, scene_indices
+from tmpq_exp.scenes import CaptionedDigits, captions, scene_indices
 from tmpq_exp.zoo.clip import ContrastiveTraining, DigitsCLIP, retrieval_percent
 from tmpq_exp.zoo.text import tokenize
 from tmpq_exp.zoo.training import Recipe
@@ -58,3 +58,8 @@ def test_training_needs_a_recipe() -> None:
         DigitsCLIP().training_module()
     module = DigitsCLIP(recipe=Recipe(1, 1e-3)).training_module()
     assert sum(parameter.numel() for parameter in module.network.parameters()) < 1e6
+
+
+def test_the_embedded_clip_tells_scenes_of_digits_it_never_saw() -> None:
+    data = CaptionedDigits(1, num_images=2500, holdout_fraction=0.2, reference_images=1, seed=7)
+    assert retrieval_percent(DigitsCLIP().load(), data.val_dataloader()) >= 90

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tmpq_exp.diffusion.schedule import linear_alphas_cumprod
+from tmpq_exp.diffusion.schedule import TimestepSpacing, linear_alphas_cumprod, spaced_timesteps
 from tmpq_exp.scenes import captions, prompts
+from tmpq_exp.zoo.clip import DigitsCLIP, retrieval_percent
+from tmpq_exp.zoo.embedded import embedded_file
 from tmpq_exp.zoo.task import task_layers
 from tmpq_exp.zoo.text import tokenize
 from tmpq_exp.zoo.text_to_image import DigitsTextToImage, TextToImageNetwork, TextToImageTraining
@@ -88,3 +90,21 @@ def test_guidance_below_one_is_refused(scale: float) -> None:
 def test_training_needs_a_recipe() -> None:
     with pytest.raises(ValueError, match=r"model\.recipe is null"):
         DigitsTextToImage().training_module()
+
+
+def test_generated_scenes_are_recognised() -> None:
+    model = DigitsTextToImage()
+    task, clip = model.task(), DigitsCLIP().load()
+    timesteps = spaced_timesteps(1000, 10, TimestepSpacing.QUADRATIC)
+    number = {text: index for index, text in enumerate(captions())}
+    with torch.inference_mode():
+        images = torch.cat([task.sample(task.unet, range(i, i + 22), timesteps, 0) for i in range(0, 110, 22)])
+    assert retrieval_percent(clip, [(images, torch.tensor([number[text] for text in prompts()]))]) >= 80
+
+
+def test_embedded_weights_are_small_and_frozen() -> None:
+    network = DigitsTextToImage().load()
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert not any(module.training for module in network.modules())
+    folders = [embedded_file(name, "") for name in ("sd_digits", "clip_digits")]
+    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 12e6

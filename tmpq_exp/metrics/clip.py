@@ -20,7 +20,7 @@ from tmpq_exp.data import to_uint8
 from tmpq_exp.metrics.inception import rgb
 from tmpq_exp.metrics.metric import Batch, MissingWeights, PerImageMetric
 from tmpq_exp.zoo.clip import ContrastiveNetwork, DigitsCLIP
-from tmpq_exp.zoo.text import tokenize, vocabulary
+from tmpq_exp.zoo.text import VOCABULARY, tokenize
 from tmpq_exp.zoo.weights import content_hash
 
 CLIP_BATCH = 50
@@ -181,7 +181,8 @@ class EmbeddedClip(ImageTextEncoder):
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``ImageTextEncoder.fingerprint``."""
-        return {"extractor": content_hash(self.network.state_dict()), "words": list(vocabulary())}
+        words = hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()[:16]
+        return {"extractor": content_hash(self.network.state_dict()), "vocabulary": words}
 
 
 def clip_digits(checkpoint: str | None = None) -> PromptScore:
