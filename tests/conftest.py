@@ -12,6 +12,7 @@ os.environ.setdefault("WANDB_SILENT", "true")
 import pytest
 
 from tmpq_exp.progress import EXPECTED_WARNINGS, quiet_lightning
+from tmpq_exp.zoo.embedded import embedded_file
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +30,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real inputs at {folder}; name their folder in TMPQ_EXP_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_weights() -> None:
+    """Weights of the embedded text models; skipped in a checkout that does not hold them."""
+    for name in ("sd_digits", "clip_digits"):
+        if not (path := embedded_file(name, "model.safetensors")).is_file():
+            pytest.skip(f"no weights at {path}; task=train model={name} makes them")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -55,9 +55,25 @@ def test_a_diffusion_model_is_assessed_with_its_averaged_weights(tmp_path: Path)
     assert "fd_digits, 8 images, DDIM, 3 quadratic steps" in card
 
 
+def test_without_the_network_of_its_metric_a_model_is_trained_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tmpq_exp.train.ERROR_DRAWS", 1)
+    small = ("model.recipe.num_steps=1", "data.batch_size=8", "evaluation.reference_steps=1")
+    run(tmp_path, *small, f"metrics.fd_digits.checkpoint={tmp_path}/later.safetensors")
+    assert "no quality metric for the model card at present: checkpoint of model digits_classifier: no file at" in (
+        capsys.readouterr().err
+    )
+    assert "noise MSE" in (card := (tmp_path / "model_card.md").read_text())
+    assert "quadratic steps" not in card
+
+
 def test_a_clip_and_a_text_to_image_model_that_it_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tmpq_exp.train.ERROR_DRAWS", 1)
-    small = ("model.recipe.num_steps=2", "data.batch_size=8", "data.num_images=40", "data.reference_images=1")
+    small = (
+        *("model.recipe.num_steps=2", "model.recipe.compile=false"),
+        *("data.batch_size=8", "data.num_images=40", "data.reference_images=1"),
+    )
     run(tmp_path / "clip", "model=clip_digits", *small)
     weights, reference = tmp_path / "clip" / "model.safetensors", tmp_path / "clip" / "reference.safetensors"
     DigitsCLIP(str(weights)).load()
@@ -67,7 +83,6 @@ def test_a_clip_and_a_text_to_image_model_that_it_judges(tmp_path: Path, monkeyp
         tmp_path / "sd",
         "model=sd_digits",
         *small,
-        "model.recipe.compile=false",
         f"metrics.clip_digits.checkpoint={weights}",
         f"evaluation.reference={reference}",
         "evaluation.num_images=11",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from tmpq_exp.data import ImageData
 from tmpq_exp.diffusion.schedule import spaced_timesteps
 from tmpq_exp.files import replace_file
 from tmpq_exp.measuring import quality_metric
-from tmpq_exp.metrics.metric import Place
+from tmpq_exp.metrics.metric import Metric, Place
 from tmpq_exp.metrics.statistics import FeatureSums
 from tmpq_exp.progress import StageProgress, quiet_lightning
 from tmpq_exp.report import samples_png
@@ -44,8 +46,10 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     Frechet distance also ``reference.safetensors``, the statistics of the data under them, for a diffusion model
     ``samples.png``.
 
+    The card of a diffusion model has its quality metric if that can be measured when the training ends.
+
     Raises:
-        ValueError: If model, data or, for a diffusion model, the metric of its card cannot be used.
+        ValueError: If model or data cannot be used, or the metric is of other images.
     """
     quiet_lightning()
     run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
@@ -71,6 +75,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
         limit_val_batches=0,
         default_root_dir=run.path,
     )
+    data.keep_on(trainer.strategy.root_device)
     last = run.path / "last.ckpt"
     start = time.perf_counter()
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
@@ -105,8 +110,19 @@ def _check_fit(config: Config, model: TrainableModel, data: ImageData) -> None:
     if found != model.image_shape:
         raise UserError(f"data: {model.name} is trained on images of shape {model.image_shape}, found {found}")
     if isinstance(model, TrainableDiffusionModel):
+        metric = _card_metric(config)
         with bad_input(f", as model {model.name} makes them; choose another metric"):
-            quality_metric(config).check_images(model.image_shape)
+            if metric is not None:
+                metric.check_images(model.image_shape)
+
+
+def _card_metric(config: Config) -> Metric | None:
+    """The quality metric; None, and why on stderr, without its network, which may be trained beside this run."""
+    try:
+        return quality_metric(config)
+    except InstantiationException as error:
+        print(f"warning: no quality metric for the model card at present: {error.__cause__}", file=sys.stderr)
+        return None
 
 
 def _assess(
@@ -142,7 +158,9 @@ def _noise_error(module: DiffusionTraining, network: nn.Module, data: ImageData)
 
 
 def _image_quality(task: DiffusionTask, config: Config) -> dict[str, float]:
-    metric = quality_metric(config)
+    metric = _card_metric(config)
+    if metric is None:
+        return {}
     metric.make_ready(Place(next(task.unet.parameters()).device, Path(config.paths.cache_dir)))
     quality = {}
     for num_steps in (config.space.num_inference_steps, config.evaluation.reference_steps):

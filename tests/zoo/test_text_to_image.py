@@ -50,6 +50,18 @@ def test_captions_are_dropped_at_their_rate_and_only_in_training(dropout: float)
     assert torch.equal(network.heard[1], expected)
 
 
+@pytest.mark.parametrize("model", [DigitsTextToImage, DigitsCLIP])
+def test_a_training_step_reads_nothing_back(model: type[DigitsTextToImage] | type[DigitsCLIP]) -> None:
+    """On the meta device values cannot be read: a step that passes there lets a GPU run ahead."""
+    module = model(recipe=Recipe(1, 1e-3)).training_module().to("meta")
+    images, labels = torch.zeros(4, 1, 24, 24, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    module.training_step((images, labels), 0).backward()
+    module.move_average(0.9)
+    assert all(value.grad is not None for value in module.network.parameters())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        module.get_buffer("final_loss").item()
+
+
 @pytest.fixture(scope="module")
 def untrained() -> TextToImageNetwork:
     torch.manual_seed(0)
@@ -92,6 +104,7 @@ def test_training_needs_a_recipe() -> None:
         DigitsTextToImage().training_module()
 
 
+@pytest.mark.usefixtures("text_weights")
 def test_generated_scenes_are_recognised() -> None:
     model = DigitsTextToImage()
     task, clip = model.task(), DigitsCLIP().load()
@@ -102,6 +115,7 @@ def test_generated_scenes_are_recognised() -> None:
     assert retrieval_percent(clip, [(images, torch.tensor([number[text] for text in prompts()]))]) >= 80
 
 
+@pytest.mark.usefixtures("text_weights")
 def test_embedded_weights_are_small_and_frozen() -> None:
     network = DigitsTextToImage().load()
     assert not any(parameter.requires_grad for parameter in network.parameters())

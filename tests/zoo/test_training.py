@@ -145,6 +145,19 @@ def test_flip_and_shift_moves_whole_images() -> None:
     assert len({tuple(image.flatten().tolist()) for image in moved}) > 40  # of 50
 
 
+def test_buffers_are_averaged_and_counters_copied() -> None:
+    network = nn.BatchNorm1d(2)
+    module = TrainingModule(network, Recipe(1, 1e-2))
+    network.running_mean, network.num_batches_tracked = torch.tensor([2.0, 4.0]), torch.tensor(7)
+    module.move_average(0.75)
+    average = module.trained_network()
+    torch.testing.assert_close(average.running_mean, torch.tensor([0.5, 1.0]))
+    assert average.num_batches_tracked == 7
+    module.move_average(0.0)
+    assert torch.equal(average.running_mean, network.running_mean)
+    assert average.running_mean.data_ptr() != network.running_mean.data_ptr()
+
+
 def test_the_shipped_weights_are_the_average(tmp_path: Path) -> None:
     torch.manual_seed(0)
     decay, num_steps = 0.5, 3
@@ -154,13 +167,13 @@ def test_the_shipped_weights_are_the_average(tmp_path: Path) -> None:
         lambda images: images,
     )
     weights: list[Tensor] = []
-    update = module.average.update_parameters
+    move_average = module.move_average
 
-    def recorded(network: nn.Module) -> None:
-        weights.append(network.head.weight.detach().clone())
-        update(network)
+    def recorded(decay: float) -> None:
+        weights.append(module.network.head.weight.detach().clone())
+        move_average(decay)
 
-    module.average.update_parameters = recorded  # type: ignore[method-assign]
+    module.move_average = recorded  # type: ignore[method-assign]
     fit(module, torch.rand(192, 1, 16, 16), torch.arange(192) % 10, tmp_path)
     expected = decay * (decay * weights[0] + (1 - decay) * weights[1]) + (1 - decay) * weights[2]
     network = module.trained_network()

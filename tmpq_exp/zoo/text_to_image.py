@@ -51,10 +51,6 @@ class TextToImageNetwork(nn.Module):
         """Prediction for ``x`` ``(N, 1, 24, 24)``, in ``.sample``."""
         return self.unet(x, timesteps, encoder_hidden_states=self.embed(tokens))
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the U-Net; the text encoder is too small to gain."""
-        self.unet.compile(*args, **kwargs)
-
 
 class TextToImageTraining(DiffusionTraining):
     """Noise prediction by caption; now and then without, so that guidance has something to move away from.
