@@ -66,6 +66,7 @@ ORDER = (
     "metrics.accuracy",
     "metrics.fidelity",
     "metrics.frechet",
+    "metrics.control",
     "quant.seams",
     "quant.supernet",
     "quant.states",

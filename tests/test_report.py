@@ -129,7 +129,7 @@ def make_report(num_allocations: int = 1) -> dict[str, Any]:
             for m in (2, 4, 6)
         ],
         "winograd_choice": "none",
-        "search": {"num_evaluations": 72, "stop_reason": "the evaluation budget is spent", "seconds": 131.4,
+        "search": {"metric": "fd_digits", "num_evaluations": 72, "stop_reason": "the evaluation budget is spent", "seconds": 131.4,
                    "num_images": 128, "seed": 1, "statistics": {}},
         "evidence": {
             "seeds": {"search": 1, "selection": 2, "final": 3},

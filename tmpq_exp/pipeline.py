@@ -123,7 +123,7 @@ def _write_pages(
     pareto_png(
         directory.pareto,
         records,
-        metric=report["metric"],
+        metric=report["search"]["metric"],
         budget_bitops=report["budget"]["bitops"],
         budget_name=report["budget"]["name"],
         best_key=winner.key(),

@@ -45,12 +45,15 @@ def search(experiment: Experiment) -> tuple[Search, Objective]:
 def select(experiment: Experiment, algorithm: Search) -> Candidate:
     """The winner: the best of the finalists on images the search never saw.
 
+    Finalists are the best of the search and what it started from, uniform bits at the budget.
+
     Raises:
         UserError: If no candidate of the search could be scored.
     """
     finalists = [scored.candidate for scored in algorithm.top(experiment.config.evaluation.num_finalists)]
     if not finalists:
         raise UserError("every candidate of the search failed; trials.jsonl says why under 'error'")
+    finalists += [c for c in algorithm.seed_candidates if c not in finalists and algorithm.budget.is_feasible(c)]
     if len(finalists) == 1:
         return finalists[0]
     objective = experiment.objective("selection", experiment.selection_images)
@@ -59,7 +62,7 @@ def select(experiment: Experiment, algorithm: Search) -> Candidate:
         for candidate in finalists:
             trials.append(objective.evaluate(candidate, "selection"))
             bar.advance()
-    best = min(range(len(finalists)), key=lambda i: trials[i].score(experiment.metric.name))
+    best = min(range(len(finalists)), key=lambda i: objective.score(trials[i]))
     return finalists[best]
 
 
@@ -90,7 +93,7 @@ def specialize(experiment: Experiment, winner: Candidate) -> Shipped:
         scores = {}
         for name, module in modules.items():
             objective = experiment.objective("selection", experiment.selection_images, module)
-            scores[name] = objective.evaluate(winner, "selection").score(experiment.metric.name)
+            scores[name] = objective.score(objective.evaluate(winner, "selection"))
     if scores["recalibrated"] < scores["supernet"]:
         return Shipped(winner, own, experiment.module, scores)
     return Shipped(winner, experiment.module, own, scores)

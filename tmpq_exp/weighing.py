@@ -27,9 +27,9 @@ def weigh(experiment: Experiment, algorithm: Search, objective: Objective, winne
     Returns:
         The ``evidence`` of the report; see ``tmpq_exp.report.EVIDENCE_KEYS``.
     """
-    config, metric = experiment.config.evaluation, experiment.metric.name
+    config = experiment.config.evaluation
     searched = [t for t in experiment.trials.of_phase("search") if objective.covers(t)]
-    scores = {trial.key: trial.score(metric) for trial in searched}
+    scores = {trial.key: objective.score(trial) for trial in searched}
     with experiment.timed("weigh"):
         noise = _score_noise(experiment, objective, winner)
         larger = _score_again(experiment, algorithm)
@@ -52,15 +52,15 @@ def weigh(experiment: Experiment, algorithm: Search, objective: Objective, winne
         "score_noise": noise,
         "rank_correlation": [{"between": name} | found for name, found in correlations.items()],
         "progress": {
-            "search": best_so_far([trial.score(metric) for trial in searched]),
-            "random": best_so_far([trial.score(metric) for trial in random]),
+            "search": best_so_far([objective.score(trial) for trial in searched]),
+            "random": best_so_far([objective.score(trial) for trial in random]),
         },
     }
 
 
 def _score_noise(experiment: Experiment, objective: Objective, winner: Candidate) -> dict[str, Any]:
     """The winner's score as the search measured it, its interval over images, and the same on other seeds."""
-    config, metric = experiment.config.evaluation, experiment.metric
+    config = experiment.config.evaluation
     own = objective.evaluate(winner, "search")
     others = []
     with StageBar("noise of the score", config.noise_seeds) as bar:
@@ -70,9 +70,8 @@ def _score_noise(experiment: Experiment, objective: Objective, winner: Candidate
             bar.advance()
     interval = None
     if config.bootstrap and own.error is None:
-        images = objective.protocol.wanted(objective.images(winner))
-        interval = list(metric.interval(images, config.bootstrap, objective.protocol.seed))
-    scores = [trial.score(metric.name) for trial in (own, *others)]
+        interval = list(objective.interval(winner, config.bootstrap))
+    scores = [objective.score(trial) for trial in (own, *others)]
     return {
         "num_images": objective.protocol.num_images,
         "seeds": [trial.seed for trial in (own, *others)],
@@ -91,7 +90,7 @@ def _score_again(experiment: Experiment, algorithm: Search) -> dict[str, float]:
     scores = {}
     with StageBar("check of the ranking", len(chosen)) as bar:
         for key in chosen:
-            scores[key] = objective.evaluate(ranked[key], "selection").score(experiment.metric.name)
+            scores[key] = objective.score(objective.evaluate(ranked[key], "selection"))
             bar.advance()
     return scores
 
@@ -104,7 +103,7 @@ def _recalibrated_scores(experiment: Experiment, algorithm: Search, objective: O
     for key in chosen:
         module = recalibrated(experiment, ranked[key])
         again = experiment.objective("search", objective.protocol.num_images, module)
-        scores[key] = again.evaluate(ranked[key], "recalibrated").score(experiment.metric.name)
+        scores[key] = again.score(again.evaluate(ranked[key], "recalibrated"))
     return scores
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,6 +152,32 @@ def _distance(mean: Tensor, covariance: Tensor, reference: FeatureStatistics, ro
     return float((mean - reference.mean).square().sum() + traces)
 
 
+def centred_interval(
+    distance: Callable[[Tensor], float], num_images: int, num_resamples: int, seed: int
+) -> tuple[float, float]:
+    """Bootstrap interval of a distance over images, 95 %.
+
+    A resample holds fewer distinct images and so lies higher than the distance itself; its quantiles are taken around
+    the mean of the resamples and moved to the distance.
+
+    Args:
+        distance: Distance where each image counts as often as its weight says, ``(num_images,)`` in float64.
+        num_images: Number of images.
+        num_resamples: At least 2.
+        seed: Of the resampling.
+
+    References:
+        Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Differs from its percentile interval
+        by the centring.
+    """
+    rng = np.random.default_rng(seed)
+    once = np.ones(num_images)
+    weights = [once, *(rng.multinomial(num_images, once / num_images) for _ in range(num_resamples))]
+    value, *resampled = [distance(torch.from_numpy(w).double()) for w in weights]
+    low, high = np.quantile(resampled, (0.025, 0.975)) - np.mean(resampled)
+    return float(value + low), float(value + high)
+
+
 @dataclass(frozen=True)
 class FrechetMetric:
     """Frechet distance on one feature network against one reference; lower is better.
@@ -174,7 +200,11 @@ class FrechetMetric:
         for images in batches:
             sums.update(images)
         found = sums.statistics()
-        return _distance(found.mean, found.covariance, self.reference, self._reference_root)
+        return self.distance(found.mean, found.covariance)
+
+    def distance(self, mean: Tensor, covariance: Tensor) -> float:
+        """Distance of a Gaussian with this mean ``(d,)`` and covariance ``(d, d)``."""
+        return _distance(mean, covariance, self.reference, self._reference_root)
 
     @cached_property
     def _reference_root(self) -> Tensor:
@@ -198,32 +228,18 @@ class FrechetMetric:
     def interval(self, batches: Iterable[Tensor], num_resamples: int, seed: int) -> tuple[float, float]:
         """Bootstrap interval of the distance over images, 95 %.
 
-        A resample holds fewer distinct images and so lies higher than the distance itself; its quantiles are taken
-        around the mean of the resamples and moved to the distance.
-
         Args:
             batches: Images in [0, 1].
-            num_resamples: At least 2.
-            seed: Of the resampling.
-
-        References:
-            Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Differs from its percentile
-            interval by the centring.
+            num_resamples, seed: See ``centred_interval``.
         """
         features = torch.cat([features_of(self.network, images).cpu() for images in batches])
-        rng = np.random.default_rng(seed)
-        once = np.ones(len(features))
-        weights = [once, *(rng.multinomial(len(features), once / len(features)) for _ in range(num_resamples))]
-        distance, *resampled = [self._weighted(features, torch.from_numpy(w).double()) for w in weights]
-        low, high = np.quantile(resampled, (0.025, 0.975)) - np.mean(resampled)
-        return float(distance + low), float(distance + high)
+        return centred_interval(lambda w: self._weighted(features, w), len(features), num_resamples, seed)
 
     def _weighted(self, features: Tensor, weights: Tensor) -> float:
         """Distance where each image counts as often as its weight says."""
         mean = weights @ features / weights.sum()
         centred = features - mean
-        covariance = (centred.T * weights) @ centred / (weights.sum() - 1)
-        return _distance(mean, covariance, self.reference, self._reference_root)
+        return self.distance(mean, (centred.T * weights) @ centred / (weights.sum() - 1))
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes of what the number depends on."""

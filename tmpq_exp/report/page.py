@@ -59,7 +59,7 @@ def report_html(
     content = plain(report)
     view = search_view(
         trials,
-        metric=content["metric"],
+        metric=content["search"]["metric"],
         budget_bitops=content["budget"]["bitops"],
         budget_name=str(content["budget"]["name"]),
         best_key=Candidate.from_json(content["best"]["candidate"]).key(),
@@ -150,7 +150,8 @@ def _row(report: Mapping[str, Any], label: str, entry: Mapping[str, Any]) -> dic
 
 
 def _rows(report: Mapping[str, Any], view: SearchView) -> list[dict[str, Any]]:
-    searched = {entry["name"]: entry["metrics"].get(report["metric"]) for entry in report.get("search_baselines", ())}
+    score = report["search"]["metric"]
+    searched = {entry["name"]: entry["metrics"].get(score) for entry in report.get("search_baselines", ())}
     searched |= {point.name: point.value for point in view.baselines if point.name not in searched}
     rows = []
     for label, entry in table_rows(report):

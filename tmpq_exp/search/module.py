@@ -65,7 +65,7 @@ class SearchModule(L.LightningModule):
     def progress_note(self) -> str:
         """What the progress bar shows."""
         scores = [*self._scores.values(), *([self.search.best.score] if self.search.best else [])]
-        return f"best {self.objective.metric.name} {min(scores):.3f}" if scores else ""
+        return f"best {self.objective.score_name} {min(scores):.3f}" if scores else ""
 
     def configure_optimizers(self) -> None:
         """None: evolution needs no gradient."""
@@ -83,7 +83,7 @@ class SearchModule(L.LightningModule):
             self._proxies[candidate.key()] = self.proxy.score(candidate, self.search.generation)
             return
         trial = self.objective.evaluate(self._promoted(candidates)[batch], "search", generation=self.search.generation)
-        self._scores[trial.key] = trial.score(self.objective.metric.name)
+        self._scores[trial.key] = self.objective.score(trial)
 
     def _promoted(self, candidates: tuple[Candidate, ...]) -> dict[int, Candidate]:
         """Number of the evaluation -> candidate whose quality it measures."""

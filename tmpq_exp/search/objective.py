@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import torch
 from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from tmpq_exp.cost import CostModel
+from tmpq_exp.metrics.control import ControlVariate
 from tmpq_exp.metrics.fidelity import mean_psnr_db
-from tmpq_exp.metrics.frechet import FrechetMetric
+from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
+from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import digest
@@ -55,6 +58,42 @@ class Protocol:
             missing -= len(images)
 
 
+class Control:
+    """A schedule whose images of the same seeds stand beside every candidate's, to take chance out of the score.
+
+    Args:
+        module: Makes the images.
+        metric: Quality metric.
+        candidate: The schedule, float.
+        protocol: Which images its statistics come from; other seeds than any candidate's.
+    """
+
+    def __init__(self, module: SupernetModule, metric: FrechetMetric, candidate: Candidate, protocol: Protocol) -> None:
+        self.module, self.metric, self.candidate, self.protocol = module, metric, candidate, protocol
+
+    @cached_property
+    def variate(self) -> ControlVariate:
+        """The control variate, its statistics measured at first use."""
+        sums, batches = FeatureSums(self.metric.network), self.protocol.micro_batches()
+        with StageBar("control images", len(batches)) as bar:
+            for images in self.protocol.wanted(self._images(self.protocol)):
+                sums.update(images)
+                bar.advance()
+        return ControlVariate(self.metric, sums.statistics())
+
+    def features(self, protocol: Protocol) -> Tensor:
+        """Features of its images under a candidate's protocol."""
+        return self.variate.features(protocol.wanted(self._images(protocol)))
+
+    def _images(self, protocol: Protocol) -> Iterator[Tensor]:
+        for indices in protocol.micro_batches():
+            yield self.module.images(self.candidate, indices, protocol.seed)
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What the control depends on."""
+        return {"schedule": self.candidate.key(), "num_images": self.protocol.num_images, "seed": self.protocol.seed}
+
+
 PROXIES = ("psnr_db", "feature_mse")
 """Metrics against the float reference's images of the same seeds."""
 
@@ -76,6 +115,7 @@ class Objective:
         on_trial: Called with every new trial.
         measures_quality: Whether the quality metric is measured; without it a trial has the proxies alone.
         bootstrap: Resamples behind the quality's interval over images; 0 leaves it out.
+        control: Control variate of the score; with it a trial also has ``<metric>_controlled``, which is its score.
     """
 
     def __init__(
@@ -91,10 +131,12 @@ class Objective:
         on_trial: Callable[[Trial], None],
         measures_quality: bool = True,
         bootstrap: int = 0,
+        control: Control | None = None,
     ) -> None:
         self.module, self.metric, self.protocol, self.cost, self.trials = module, metric, protocol, cost, trials
         self.reference_candidate, self._on_trial = reference_candidate, on_trial
         self.state, self.measures_quality, self.bootstrap = state, measures_quality, bootstrap
+        self.control = control if measures_quality else None
         self._reference: Tensor | None = None
         task = module.task
         is_cuda = module.device.type == "cuda"
@@ -115,6 +157,8 @@ class Objective:
             "num_threads": None if is_cuda else torch.get_num_threads(),
             "quality": measures_quality,
         }
+        if self.control is not None:
+            self.fingerprint_parts["control"] = self.control.fingerprint()
         self.fingerprint = digest(self.fingerprint_parts)
 
     def images(self, candidate: Candidate) -> Iterator[Tensor]:
@@ -124,6 +168,28 @@ class Objective:
     def _images(self, candidate: Candidate, protocol: Protocol) -> Iterator[Tensor]:
         for indices in protocol.micro_batches():
             yield self.module.images(candidate, indices, protocol.seed)
+
+    @property
+    def score_name(self) -> str:
+        """Name of the metric that candidates are ranked by."""
+        return self.metric.name if self.control is None else f"{self.metric.name}_controlled"
+
+    def score(self, trial: Trial) -> float:
+        """What a trial is ranked by, lower is better; infinite if it failed."""
+        return trial.score(self.score_name)
+
+    @cached_property
+    def _control_features(self) -> Tensor:
+        assert self.control is not None
+        return self.control.features(self.protocol)
+
+    def interval(self, candidate: Candidate, num_resamples: int) -> tuple[float, float]:
+        """Bootstrap interval of a candidate's score over images, 95 %."""
+        images = self.protocol.wanted(self.images(candidate))
+        if self.control is None:
+            return self.metric.interval(images, num_resamples, self.protocol.seed)
+        variate = self.control.variate
+        return variate.interval(variate.features(images), self._control_features, num_resamples, self.protocol.seed)
 
     def covers(self, trial: Trial) -> bool:
         """Whether a trial was scored by this protocol and with these quantizers."""
@@ -208,6 +274,9 @@ class Objective:
         if not math.isfinite(value):
             return metrics, None, f"{self.metric.name} was {value}"
         metrics[self.metric.name] = value
+        if self.control is not None:
+            variate = self.control.variate
+            metrics[self.score_name] = variate.distance(variate.features(batches), self._control_features)
         if not self.bootstrap:
             return metrics, None, None
         interval = self.metric.interval(batches, self.bootstrap, self.protocol.seed)
