@@ -130,9 +130,12 @@ class Experiment:
         Raises:
             UserError: If a reference image cannot be read, or has another size than the others.
         """
+        waiting = [metric for metric in (self.metric, *self.further) if not metric.is_ready]
+        if not waiting:
+            return
         place = Place(self.device, Path(self.config.paths.cache_dir))
         with self.timed("references"), bad_input():
-            for metric in (self.metric, *self.further):
+            for metric in waiting:
                 metric.make_ready(place)
 
     @property

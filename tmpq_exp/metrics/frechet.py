@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, Place, features_of
+from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, Place
 from tmpq_exp.metrics.reference import ReferenceFolder, extractor_hash, open_reference
 from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
 from tmpq_exp.zoo.cifar import CifarClassifier
@@ -98,6 +98,11 @@ class FrechetMetric(Metric):
         """See ``_root``."""
         return _root(self.reference.covariance)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the statistics are there."""
+        return isinstance(self._reference, FeatureStatistics)
+
     def make_ready(self, place: Place) -> None:
         """Statistics of a reference folder, from the cache or measured."""
         if isinstance(self._reference, ReferenceFolder):
@@ -129,7 +134,7 @@ class _Summed(Measurement):
         self._metric, self._sums = metric, FeatureSums(metric.network)
 
     def update(self, batch: Batch) -> None:
-        self._sums.update(batch.images)
+        self._sums.add(batch.features(self._metric.network))
 
     def value(self) -> float:
         found = self._sums.statistics()
@@ -152,9 +157,8 @@ class _Resampled(_Summed):
         self._features = list[Tensor]()
 
     def update(self, batch: Batch) -> None:
-        features = features_of(self._metric.network, batch.images)
-        self._sums.add(features)
-        self._features.append(features.cpu())
+        super().update(batch)
+        self._features.append(batch.features(self._metric.network).cpu())
 
     def interval(self, num_resamples: int, seed: int) -> tuple[float, float]:
         features = torch.cat(self._features)

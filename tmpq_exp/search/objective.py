@@ -104,6 +104,7 @@ class Objective:
         self.further = tuple(further)
         self._needs_latents = any("latents" in used.needs for used in (metric, *further))
         self._reference: _Made | None = None
+        self._reference_memos: dict[tuple[int, int], dict[int, Tensor]] = {}  # by first image and number of images
         is_cuda = module.device.type == "cuda"
         common: dict[str, Any] = {
             **asdict(protocol),
@@ -244,9 +245,17 @@ class Objective:
                 return
             if is_reference:
                 reference = reference.joined(made[: max(0, num_paired - done)])
-            paired = reference[done : done + len(made.images)]
-            yield Batch(made.images, paired.images, self._prompts(done, len(made.images)), made.latents, paired.latents)
-            done += len(made.images)
+            count = len(made.images)
+            paired = reference[done : done + count]
+            yield Batch(
+                made.images,
+                paired.images,
+                self._prompts(done, count),
+                made.latents,
+                paired.latents,
+                self._reference_memos.setdefault((done, count), {}),
+            )
+            done += count
         if is_reference:
             self._reference = reference
 
