@@ -77,7 +77,7 @@ def test_every_option_composes_and_binds_to_its_target(option: str) -> None:
     group, _, choice = option.partition("/")
     assert choice, f"conf/{option}.yaml is in no group, so no test and no user reaches it"
     config = composed(f"{group}={choice}", *NEEDED.get(option, []))
-    assert {"task", "model", "data", "search", "trainer", "evaluation.metric"} <= set(
+    assert {"task", "model", "data", "search", "trainer", "metrics.fd_digits", "metrics.fid"} <= set(
         bind(OmegaConf.to_container(config, resolve=True))
     )
     to_config(config)

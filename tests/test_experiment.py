@@ -32,7 +32,7 @@ def joint_k(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 
 def test_w8a8_at_the_reference_steps_costs_ten_times_the_budget_of_joint_k(joint_k: Experiment) -> None:
     reference = joint_k.baselines()["w8a8_reference"]
-    assert reference.timesteps == joint_k.quadratic(100)
+    assert reference.timesteps == joint_k.standard_schedule(100)
     assert joint_k.cost.bitops(reference) == 10 * joint_k.budget_bitops
 
 

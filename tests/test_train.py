@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from tmpq_exp.__main__ import conf_dir
 from tmpq_exp.config import register_schema, to_config
-from tmpq_exp.metrics.frechet import FeatureStatistics
+from tmpq_exp.metrics.statistics import FeatureStatistics
 from tmpq_exp.train import train
 from tmpq_exp.zoo.digits import DigitsClassifier, DigitsDDPM
 

@@ -19,11 +19,13 @@ from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, is_e
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
     TimestepSpacing,
-    group_minima,
     spaced_timesteps,
+    standing_timestep,
     timestep_groups,
 )
+from tmpq_exp.measuring import chosen_metrics
 from tmpq_exp.metrics.frechet import FrechetMetric
+from tmpq_exp.metrics.metric import Metric, Place
 from tmpq_exp.progress import StageProgress
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 from tmpq_exp.quant.supernet import SupernetModule
@@ -57,6 +59,8 @@ class Experiment:
         run: Run directory.
         task: Float task.
         metric: Quality metric.
+        further: Metrics reported beside it for baselines and winner.
+        warnings: What a reader of the figures must know, found while the run was laid out.
         cost: Prices candidates.
         space: Search space.
         budget_bitops: Ceiling of a candidate.
@@ -72,7 +76,7 @@ class Experiment:
     config: Config
     run: RunDirectory
     task: DiffusionTask
-    metric: FrechetMetric
+    metric: Metric
     cost: CostModel
     space: SearchSpace
     budget_bitops: int
@@ -82,6 +86,8 @@ class Experiment:
     device: torch.device
     winograd: dict[int, tuple[WinogradSpec, ScaleSet]] = field(default_factory=dict)
     tile_rule: Candidate | None = None
+    further: tuple[Metric, ...] = ()
+    warnings: tuple[str, ...] = ()
     calibration: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -101,9 +107,9 @@ class Experiment:
         """Schedule of this length and spacing."""
         return spaced_timesteps(self.task.num_train_timesteps, num_steps, spacing)
 
-    def quadratic(self, num_steps: int) -> tuple[int, ...]:
-        """Quadratic schedule of this length."""
-        return self.schedule(num_steps, TimestepSpacing.QUADRATIC)
+    def standard_schedule(self, num_steps: int) -> tuple[int, ...]:
+        """Schedule of this length as the task lays it."""
+        return self.schedule(num_steps, self.task.spacing)
 
     @property
     def selection_images(self) -> int:
@@ -120,27 +126,42 @@ class Experiment:
         finally:
             self.run.add_stage_seconds(name, time.perf_counter() - start)
 
+    def ready_metrics(self) -> None:
+        """Make the metrics ready: features of reference images, from the cache or measured.
+
+        Raises:
+            UserError: If a reference image cannot be read, or has another size than the others.
+        """
+        waiting = [metric for metric in (self.metric, *self.further) if not metric.is_ready]
+        if not waiting:
+            return
+        place = Place(self.device, Path(self.config.paths.cache_dir))
+        with self.timed("references"), bad_input():
+            for metric in waiting:
+                metric.make_ready(place)
+
     @property
     def search_seed(self) -> int:
         """Seed of what the search draws and of the images it scores."""
         return self.config.seed if self.config.search_seed is None else self.config.search_seed
 
     def seed_timesteps(self) -> tuple[int, ...]:
-        """Smallest timestep of each group at K steps; without groups the quadratic schedule."""
+        """One timestep of each group at K steps, see ``standing_timestep``; without groups of each quadratic one."""
         space = self.config.space
         rule = TimestepRule.UNIFORM if space.groups == "uniform" else TimestepRule.QUADRATIC
-        return group_minima(timestep_groups(self.task.num_train_timesteps, space.num_inference_steps, rule))
+        groups = timestep_groups(self.task.num_train_timesteps, space.num_inference_steps, rule)
+        return tuple(standing_timestep(group, self.task.spacing) for group in reversed(groups))
 
     def baselines(self) -> dict[str, Candidate]:
-        """Named baselines: the float reference, float at K quadratic steps, and uniform bits at K steps.
+        """Named baselines: the float reference, float at K steps, and uniform bits at K steps.
 
         If asked for, W8A8 at the reference's steps (``w8a8_reference``).
         Where tiles are searched, also W8A8 with one tile at all eligible layers, and the data-free rule. Schedules that
         coincide stand once, under their first name.
         """
         config = self.config.evaluation
-        steps = self.quadratic(self.config.space.num_inference_steps)
-        reference = self.quadratic(config.reference_steps)
+        steps = self.standard_schedule(self.config.space.num_inference_steps)
+        reference = self.standard_schedule(config.reference_steps)
         named = {
             "float_reference": self.uniform(reference, FLOAT_BITS, FLOAT_BITS),
             "float_k": self.uniform(steps, FLOAT_BITS, FLOAT_BITS),
@@ -190,9 +211,9 @@ class Experiment:
 
     @cached_property
     def _control(self) -> Control | None:
-        """The float model at K steps; None without control variate."""
+        """The float model at K steps; None without control variate, or where the metric is no Frechet distance."""
         num_images = self.config.objective.control_images
-        if num_images == 0:
+        if num_images == 0 or not isinstance(self.metric, FrechetMetric):
             return None
         protocol = Protocol(num_images, stream_seed(self.config.seed, "control"), self.config.evaluation.micro_batch)
         return Control(self.module, self.metric, self.uniform(self.seed_timesteps(), FLOAT_BITS, FLOAT_BITS), protocol)
@@ -235,20 +256,16 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     if not isinstance(model, DiffusionModel):
         raise UserError(f"model: {_what_it_is_for(model)}")
     task = model.task()
-    metric: FrechetMetric = instantiate(config.evaluation.metric)
-    if metric.image_shape not in (None, task.sample_shape):
-        raise UserError(
-            f"evaluation: {metric.name} takes images of shape {metric.image_shape}, model {task.name} makes "
-            f"{task.sample_shape}; choose another evaluation"
-        )
-    cost = CostModel(task_layers(task))
-    space = _search_space(config, task.num_train_timesteps, cost.layers)
+    metrics = chosen_metrics(config, task)
+    cost = CostModel(task_layers(task), task.calls_per_step)
+    space = _search_space(config, task, cost.layers)
     weight_choices, act_choices = _held_bits(config, space, cost.layers)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
     device = single_device(config)
-    experiment = Experiment(config, run, task, metric, cost, space, 0, module, trials, on_trial, device)
+    experiment = Experiment(config, run, task, metrics.quality, cost, space, 0, module, trials, on_trial, device)
+    experiment.further, experiment.warnings = metrics.further, metrics.warnings
     experiment.budget_bitops = _budget_bitops(experiment)
-    experiment.quadratic(config.evaluation.reference_steps)  # what is wrong fails here rather than after the search
+    experiment.standard_schedule(config.evaluation.reference_steps)  # what is wrong fails here, not after the search
     for m in examined_tiles(config):
         spec = winograd_spec(config, m)
         if m in used_tiles(config) and config.winograd.scales_from is not None:
@@ -290,8 +307,8 @@ def with_tile(allocation: Allocation, layers: Sequence[LayerShape], tile: int) -
     return replace(allocation, tiles=tuple(tiles))
 
 
-def _search_space(config: Config, num_train_timesteps: int, layers: tuple[LayerShape, ...]) -> SearchSpace:
-    space = config.space
+def _search_space(config: Config, task: DiffusionTask, layers: tuple[LayerShape, ...]) -> SearchSpace:
+    space, num_train_timesteps = config.space, task.num_train_timesteps
     tiles = tuple(_tile_choices(config, shape) for shape in layers)
     if space.recipe is not None:
         return _space_of_recipe(Path(space.recipe), layers, tiles)
@@ -300,7 +317,8 @@ def _search_space(config: Config, num_train_timesteps: int, layers: tuple[LayerS
     num_steps = range(space.min_steps or len(groups), (space.max_steps or len(groups)) + 1)
     steps_per_group = (space.min_steps_per_group, space.max_steps_per_group)
     if not space.search_timesteps:
-        groups = tuple(range(group[0], group[0] + 1) for group in groups)
+        standing = (standing_timestep(group, task.spacing) for group in groups)
+        groups = tuple(range(timestep, timestep + 1) for timestep in standing)
     elif space.groups == "free":
         groups, steps_per_group = (range(num_train_timesteps),), (0, num_train_timesteps)
     softmax = (config.quant.softmax_bits,)
@@ -344,7 +362,7 @@ def _budget_bitops(experiment: Experiment) -> int:
     budget = experiment.config.budget
     if budget.bitops is not None:
         return budget.bitops
-    steps = experiment.quadratic(experiment.config.space.num_inference_steps)
+    steps = experiment.standard_schedule(experiment.config.space.num_inference_steps)
     return experiment.cost.bitops(experiment.uniform(steps, budget.weight_bits, budget.act_bits))
 
 

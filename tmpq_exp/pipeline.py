@@ -15,7 +15,7 @@ from tmpq_exp.experiment import Experiment, prepare
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.recipe import apply_recipe, write_recipe
-from tmpq_exp.report import pareto_png, report_html, samples_png, summary_table, write_report_json
+from tmpq_exp.report import further_table, pareto_png, report_html, samples_png, summary_table, write_report_json
 from tmpq_exp.results import assemble_report, picture_records, sample_rows
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.search.trials import Trial, TrialLog
@@ -45,7 +45,10 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
         tracker: Tracker = NullTracker()
         experiment = prepare(config, directory, trials, on_trial=lambda trial: tracker.log_trial(asdict(trial)))
         tracker = make_tracker(config, resolved, directory, trials.trials)
+        for warning in experiment.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         try:
+            experiment.ready_metrics()
             calibrate(experiment)
             winograd = winograd_scales(experiment)
             algorithm, search_objective = search(experiment)
@@ -62,7 +65,7 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
                 evidence,
                 search_objective,
                 final_objective,
-                trials.warnings,
+                [*trials.warnings, *experiment.warnings],
             )
             _ship(experiment, shipped, finals["best"])
             rows = sample_rows(experiment, shipped, final_objective.protocol.seed)
@@ -74,7 +77,11 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
             tracker.finish(exit_code=1)
             raise
         tracker.finish()
-    Console().print(summary_table(report))
+    console = Console()
+    console.print(summary_table(report))
+    further = further_table(report)
+    if further is not None:
+        console.print(further)
     print(f"report  {directory.report_html}\nrecipe  {directory.recipe}")
 
 

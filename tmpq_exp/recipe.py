@@ -28,7 +28,7 @@ from tmpq_exp.zoo.cifar import CifarDDPM
 from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.embedded import EmbeddedDDPM
 from tmpq_exp.zoo.task import DiffusionTask, task_layers
-from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
+from tmpq_exp.zoo.weights import read_tensors, write_tensors
 
 RECIPE_SCHEMA = 2
 EMBEDDED_MODELS: dict[str, type[EmbeddedDDPM]] = {model.name: model for model in (DigitsDDPM, CifarDDPM)}
@@ -216,8 +216,7 @@ def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) ->
 
 
 def _sampler(task: DiffusionTask) -> dict[str, Any]:
-    schedule = content_hash({"alphas_cumprod": task.alphas_cumprod})
-    return {"name": "ddim", "eta": 0, "clip_sample": task.clip_sample, "schedule": schedule}
+    return {key: task.state_fingerprint[key] for key in ("schedule", "sampler")}
 
 
 def _candidate(data: Any, task: DiffusionTask, num_layers: int) -> Candidate:

@@ -41,6 +41,8 @@ def entry(trial: Trial, name: str, weighted: Sequence[bool], cost: CostModel) ->
         "intervals": trial.intervals or {},
         "num_images": trial.num_images,
         "seed": trial.seed,
+        "fingerprint": trial.fingerprint,
+        "further": trial.further or {},
     }
 
 
@@ -99,18 +101,22 @@ def assemble_report(
             "final": final_objective.fingerprint_parts,
         },
         "metric": metric,
+        "further": [
+            {"name": name, "fingerprint": final_objective.further_fingerprints[name], "fingerprint_parts": parts}
+            for name, parts in final_objective.further_parts.items()
+        ],
         "num_train_timesteps": experiment.task.num_train_timesteps,
         "budget": {"bitops": experiment.budget_bitops, "name": _budget_name(experiment)},
         "baselines": [entry(finals[name], name, weighted, experiment.cost) for name in baselines],
         "best": best,
         "front": [
-            entry(trial, trial.key, weighted, experiment.cost) for trial in front(searched, search_objective.score_name)
+            entry(trial, trial.key, weighted, experiment.cost) for trial in front(searched, search_objective.score.name)
         ],
         "calibration": experiment.calibration,
         "winograd": [{key: value for key, value in tile.items() if key != "scales"} for tile in winograd],
         "winograd_choice": _winograd_choice(experiment, winner),
         "search": {
-            "metric": search_objective.score_name,
+            "metric": search_objective.score.name,
             "num_evaluations": len(searched),
             "num_reused": sum(trial.source is not None for trial in searched),
             "num_proxy_evaluations": len(experiment.trials.of_phase("proxy")),
@@ -133,11 +139,16 @@ def assemble_report(
             entry(trial, name, weighted, experiment.cost) for name, trial in scored.items() if trial is not None
         ],
         "stages": seconds,
-        "warnings": [*warnings, *_warnings(experiment, searched, search_objective)],
+        "warnings": [*warnings, *_warnings(experiment, searched, search_objective), *_missing(finals)],
         "ragged_groups": ragged_groups(experiment),
         "environment": starts[-1],
         "seed": config.seed,
     }
+
+
+def _missing(finals: dict[str, Trial]) -> list[str]:
+    """Further metrics that could not be had, with the reason."""
+    return [f"{name}: {reason}" for name, trial in finals.items() for reason in (trial.missing or {}).values()]
 
 
 def _winograd_choice(experiment: Experiment, winner: Candidate) -> str:

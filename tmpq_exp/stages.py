@@ -62,7 +62,7 @@ def select(experiment: Experiment, algorithm: Search) -> Candidate:
         for candidate in finalists:
             trials.append(objective.evaluate(candidate, "selection"))
             bar.advance()
-    best = min(range(len(finalists)), key=lambda i: objective.score(trials[i]))
+    best = min(range(len(finalists)), key=lambda i: trials[i].score(objective.score.name))
     return finalists[best]
 
 
@@ -74,13 +74,13 @@ class Shipped:
         candidate: The winner.
         module: The supernet, or a network calibrated for the winner's own bits.
         other: The one of the two that is not shipped; None if nothing was calibrated again.
-        selection: ``supernet`` and ``recalibrated`` -> the selection's score; empty if nothing was.
+        selection: ``supernet`` and ``recalibrated`` -> the score on the selection's images; empty if nothing was.
     """
 
     candidate: Candidate
     module: SupernetModule
     other: SupernetModule | None
-    selection: dict[str, float]
+    selection: dict[str, float | None]
 
 
 def specialize(experiment: Experiment, winner: Candidate) -> Shipped:
@@ -90,18 +90,19 @@ def specialize(experiment: Experiment, winner: Candidate) -> Shipped:
     with experiment.timed("specialize"):
         own = recalibrated(experiment, winner)
         modules = {"supernet": experiment.module, "recalibrated": own}
-        scores = {}
+        trials = {}
         for name, module in modules.items():
             objective = experiment.objective("selection", experiment.selection_images, module)
-            scores[name] = objective.score(objective.evaluate(winner, "selection"))
-    if scores["recalibrated"] < scores["supernet"]:
-        return Shipped(winner, own, experiment.module, scores)
-    return Shipped(winner, experiment.module, own, scores)
+            trials[name] = objective.evaluate(winner, "selection")
+    metric = objective.score.name
+    found = {name: trial.metrics.get(metric) for name, trial in trials.items()}
+    if trials["recalibrated"].score(metric) < trials["supernet"].score(metric):
+        return Shipped(winner, own, experiment.module, found)
+    return Shipped(winner, experiment.module, own, found)
 
 
 def evaluate(experiment: Experiment, shipped: Shipped) -> tuple[dict[str, Trial], Objective]:
     """Baselines and winner on the final images: ``best`` as it is shipped, ``best_other`` as it is not."""
-    config = experiment.config.evaluation
     named = {name: (candidate, experiment.module) for name, candidate in experiment.baselines().items()}
     named["best"] = shipped.candidate, shipped.module
     if shipped.other is not None:
@@ -109,10 +110,18 @@ def evaluate(experiment: Experiment, shipped: Shipped) -> tuple[dict[str, Trial]
     trials = {}
     with experiment.timed("evaluate"):
         for name, (candidate, module) in named.items():
-            objective = experiment.objective("final", config.num_images, module, bootstrap=config.bootstrap)
+            objective = final_objective(experiment, module)
             predict = partial(_predict, experiment, module, objective, name)
             trials[name] = objective.evaluate(candidate, "final", name=name, images=predict)
-    return trials, experiment.objective("final", config.num_images, shipped.module, bootstrap=config.bootstrap)
+    return trials, final_objective(experiment, shipped.module)
+
+
+def final_objective(experiment: Experiment, module: SupernetModule) -> Objective:
+    """What baselines and winner are measured by: all metrics, with intervals of the first."""
+    config = experiment.config.evaluation
+    return experiment.objective(
+        "final", config.num_images, module, bootstrap=config.bootstrap, further=experiment.further
+    )
 
 
 def _predict(

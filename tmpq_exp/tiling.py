@@ -170,7 +170,7 @@ def tile_rule(experiment: Experiment) -> Candidate | None:
         The candidate, or None where no uniform bits fit.
     """
     config, cost = experiment.config, experiment.cost
-    timesteps = experiment.quadratic(config.space.num_inference_steps)
+    timesteps = experiment.standard_schedule(config.space.num_inference_steps)
     seeds = noise_seeds(stream_seed(config.seed, "tile rule") % 2**32, 0, len(cost))
     calls = len(timesteps) * cost.calls_per_step
     held = {*config.space.weight_bits, *config.evaluation.baseline_bits}
@@ -228,8 +228,7 @@ def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]
         for name in names
     ]
     try:
-        timestep = torch.full((len(state.x),), state.timestep, device=state.x.device)
-        network(state.x, timestep, **{key: value.to(state.x.device) for key, value in state.conditioning.items()})
+        state.run(network, state.x.device)
     finally:
         for handle in handles:
             handle.remove()

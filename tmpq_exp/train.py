@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.data import ImageData
-from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
+from tmpq_exp.diffusion.schedule import spaced_timesteps
 from tmpq_exp.files import replace_file
-from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
+from tmpq_exp.measuring import quality_metric
+from tmpq_exp.metrics.metric import Place
+from tmpq_exp.metrics.statistics import FeatureSums
 from tmpq_exp.progress import StageProgress, quiet_lightning
 from tmpq_exp.report import samples_png
 from tmpq_exp.rundir import RunDirectory, describe_environment
@@ -108,12 +110,13 @@ def _assess(
     assert isinstance(model, EmbeddedDDPM)
     task = model.wrap(network)
     _draw_samples(task, config, run, model.class_names)
-    metric: FrechetMetric = instantiate(config.evaluation.metric)
+    metric = quality_metric(config)
+    metric.make_ready(Place(next(network.parameters()).device, Path(config.paths.cache_dir)))
     draws = max(1, ERROR_DRAWS // len(data.reference_set.labels))
     name = f"noise MSE of the averaged weights, {len(data.reference_set.labels)} images, {draws} draws each"
     quality = {name: module.average_error(network, data.reference_dataloader(), draws)}
     for num_steps in (config.space.num_inference_steps, config.evaluation.reference_steps):
-        name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} quadratic steps"
+        name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} {task.spacing.value} steps"
         quality[name] = metric(_images(task, config, num_steps))
     return quality
 
@@ -121,7 +124,7 @@ def _assess(
 def _draw_samples(task: DiffusionTask, config: Config, run: RunDirectory, names: Sequence[str]) -> None:
     """samples.png: a row a class, at the steps of the float reference."""
     num_classes = len(names)
-    timesteps = spaced_timesteps(task.num_train_timesteps, config.evaluation.reference_steps, TimestepSpacing.QUADRATIC)
+    timesteps = spaced_timesteps(task.num_train_timesteps, config.evaluation.reference_steps, task.spacing)
     with torch.inference_mode():
         images = task.sample(
             task.unet, range(SAMPLE_COLUMNS * num_classes), timesteps, stream_seed(config.seed, "final")
@@ -136,7 +139,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _images(task: DiffusionTask, config: Config, num_steps: int) -> Iterator[Tensor]:
-    timesteps = spaced_timesteps(task.num_train_timesteps, num_steps, TimestepSpacing.QUADRATIC)
+    timesteps = spaced_timesteps(task.num_train_timesteps, num_steps, task.spacing)
     seed = stream_seed(config.seed, "final")
     batch = config.evaluation.micro_batch
     for first in range(0, config.evaluation.num_images, batch):

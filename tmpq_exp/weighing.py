@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 from tmpq_exp.calibrating import recalibrated
 from tmpq_exp.experiment import Experiment, random_candidates
+from tmpq_exp.metrics.names import value_of
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.algorithm import Search
@@ -27,9 +28,9 @@ def weigh(experiment: Experiment, algorithm: Search, objective: Objective, winne
     Returns:
         The ``evidence`` of the report; see ``tmpq_exp.report.EVIDENCE_KEYS``.
     """
-    config = experiment.config.evaluation
+    config, metric = experiment.config.evaluation, objective.score.name
     searched = [t for t in experiment.trials.of_phase("search") if objective.covers(t)]
-    scores = {trial.key: objective.score(trial) for trial in searched}
+    scores = {trial.key: trial.score(metric) for trial in searched}
     with experiment.timed("weigh"):
         noise = _score_noise(experiment, objective, winner)
         larger = _score_again(experiment, algorithm)
@@ -40,27 +41,32 @@ def weigh(experiment: Experiment, algorithm: Search, objective: Objective, winne
         name = "scores of the supernet and of subnets calibrated for their own bits, same images"
         correlations[name] = rank_correlation(scores, own)
     for proxy in PROXIES:
-        sign = -1 if proxy == "psnr_db" else 1
-        values = {t.key: sign * v for t in searched if (v := t.metrics.get(proxy)) is not None}
+        values = {trial.key: trial.score(proxy) for trial in searched if proxy in trial.metrics}
         correlations[f"{proxy} and search score, same images"] = rank_correlation(values, scores)
     looked = {t.key: t for t in experiment.trials.of_phase("proxy")}
     chosen = experiment.config.objective.proxy
     if chosen is not None:
-        values = {k: (-1 if chosen == "psnr_db" else 1) * t.score(chosen) for k, t in looked.items()}
+        values = {key: trial.score(chosen) for key, trial in looked.items()}
         correlations["proxy and search score, of promoted candidates"] = rank_correlation(values, scores)
     return {
         "score_noise": noise,
         "rank_correlation": [{"between": name} | found for name, found in correlations.items()],
         "progress": {
-            "search": best_so_far([objective.score(trial) for trial in searched]),
-            "random": best_so_far([objective.score(trial) for trial in random]),
+            "search": _progress(metric, searched),
+            "random": _progress(metric, random),
         },
     }
 
 
+def _progress(metric: str, trials: Sequence[Trial]) -> list[float | None]:
+    """Best value of the metric after each trial."""
+    scores = best_so_far([trial.score(metric) for trial in trials])
+    return [None if score is None else value_of(metric, score) for score in scores]
+
+
 def _score_noise(experiment: Experiment, objective: Objective, winner: Candidate) -> dict[str, Any]:
     """The winner's score as the search measured it, its interval over images, and the same on other seeds."""
-    config = experiment.config.evaluation
+    config, metric = experiment.config.evaluation, objective.score.name
     own = objective.evaluate(winner, "search")
     others = []
     with StageBar("noise of the score", config.noise_seeds) as bar:
@@ -70,14 +76,14 @@ def _score_noise(experiment: Experiment, objective: Objective, winner: Candidate
             bar.advance()
     interval = None
     if config.bootstrap and own.error is None:
-        interval = list(objective.interval(winner, config.bootstrap))
-    scores = [objective.score(trial) for trial in (own, *others)]
+        interval = objective.interval(winner, config.bootstrap)
+    scores = [trial.metrics.get(metric) for trial in (own, *others)]
     return {
         "num_images": objective.protocol.num_images,
         "seeds": [trial.seed for trial in (own, *others)],
         "scores": scores,
         "over_images": {"interval": interval, "num_resamples": config.bootstrap},
-        "over_seeds": mean_interval([score for score in scores[1:] if math.isfinite(score)]),
+        "over_seeds": mean_interval([score for score in scores[1:] if score is not None]),
     }
 
 
@@ -90,7 +96,7 @@ def _score_again(experiment: Experiment, algorithm: Search) -> dict[str, float]:
     scores = {}
     with StageBar("check of the ranking", len(chosen)) as bar:
         for key in chosen:
-            scores[key] = objective.score(objective.evaluate(ranked[key], "selection"))
+            scores[key] = objective.evaluate(ranked[key], "selection").score(objective.score.name)
             bar.advance()
     return scores
 
@@ -103,7 +109,7 @@ def _recalibrated_scores(experiment: Experiment, algorithm: Search, objective: O
     for key in chosen:
         module = recalibrated(experiment, ranked[key])
         again = experiment.objective("search", objective.protocol.num_images, module)
-        scores[key] = again.score(again.evaluate(ranked[key], "recalibrated"))
+        scores[key] = again.evaluate(ranked[key], "recalibrated").score(again.score.name)
     return scores
 
 

@@ -12,6 +12,7 @@ from tmpq_exp.diffusion.schedule import (
     group_minima,
     linear_alphas_cumprod,
     spaced_timesteps,
+    standing_timestep,
     timestep_groups,
 )
 
@@ -71,6 +72,14 @@ def test_quadratic_spacing_is_the_group_minima() -> None:
     groups = timestep_groups(1000, 10, TimestepRule.QUADRATIC)
     assert spaced_timesteps(1000, 10, TimestepSpacing.QUADRATIC) == group_minima(groups)
     assert group_minima(groups) == (800, 632, 483, 355, 246, 158, 88, 39, 9, 0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 10])
+def test_standing_timesteps_of_uniform_groups_are_the_trailing_schedule(num_steps: int) -> None:
+    groups = timestep_groups(1000, num_steps, TimestepRule.UNIFORM)
+    standing = tuple(standing_timestep(group, TimestepSpacing.TRAILING) for group in reversed(groups))
+    assert standing == spaced_timesteps(1000, num_steps, TimestepSpacing.TRAILING)
+    assert [standing_timestep(group, TimestepSpacing.QUADRATIC) for group in groups] == [g[0] for g in groups]
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 10, 50, 999, 1000])

@@ -6,19 +6,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tmpq_exp.metrics.control import ControlVariate
-from tmpq_exp.metrics.frechet import FeatureStatistics, FrechetMetric, frechet_distance
+from tmpq_exp.metrics.control import ControlledFrechet
+from tmpq_exp.metrics.frechet import FrechetMetric, frechet_distance
+from tmpq_exp.metrics.metric import Batch
+from tmpq_exp.metrics.statistics import FeatureStatistics
 
 DIM = 12
 
 
-def metric_of(reference: FeatureStatistics) -> FrechetMetric:
-    network: object = nn.Identity()
-    return FrechetMetric("fd_test", network, reference)  # type: ignore[arg-type]
+class Pixels(nn.Module):
+    """Features are the pixels."""
+
+    num_features = DIM
+
+    def features(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
 
 
 def statistics(features: Tensor) -> FeatureStatistics:
     return FeatureStatistics(features.mean(0), torch.cov(features.T), len(features))
+
+
+def controlled(metric: FrechetMetric, known: Tensor, few: Tensor) -> ControlledFrechet:
+    """The metric with a control of these features, known from many images and at the few seeds."""
+    return ControlledFrechet(metric, lambda: statistics(known), lambda: few, {"schedule": "test"})
 
 
 def populations(seed: int) -> tuple[FrechetMetric, Tensor, Tensor, Tensor]:
@@ -32,52 +43,71 @@ def populations(seed: int) -> tuple[FrechetMetric, Tensor, Tensor, Tensor]:
     control = normal(4096) * spread
     first = control + 0.2 * normal(4096) + 0.1
     second = 1.05 * control + 0.2 * normal(4096)
-    return metric_of(statistics(normal(4096) * spread.flip(0) + 0.5)), control, first, second
+    return FrechetMetric("fd_test", Pixels(), statistics(normal(4096) * spread.flip(0) + 0.5)), control, first, second
 
 
 def test_a_candidate_equal_to_the_control_has_the_controls_distance() -> None:
     metric, control, _, _ = populations(0)
-    variate = ControlVariate(metric, statistics(control))
     expected = frechet_distance(statistics(control), metric.reference)
-    assert variate.distance(control[:50], control[:50]) == pytest.approx(expected, rel=1e-9)
+    found = controlled(metric, control, control[:50]).distance(control[:50])
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_shift_of_all_images_is_found_exactly() -> None:
     metric, control, _, _ = populations(1)
-    variate = ControlVariate(metric, statistics(control))
     moved = control + torch.linspace(-1, 1, DIM, dtype=torch.float64)
     expected = frechet_distance(statistics(moved), metric.reference)
-    assert variate.distance(moved[:20], control[:20]) == pytest.approx(expected, rel=1e-9)
+    assert controlled(metric, control, control[:20]).distance(moved[:20]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_images_that_are_all_drawn_together_are_found_exactly() -> None:
+    metric, control, _, _ = populations(5)
+    mean = control.mean(0)
+    moved = mean + 0.9 * (control - mean)
+    expected = frechet_distance(statistics(moved), metric.reference)
+    found = controlled(metric, control, control[:20]).distance(moved[:20])
+    assert found == pytest.approx(expected, rel=1e-2)
 
 
 def test_differences_of_candidates_have_less_noise_than_plain_ones() -> None:
     metric, control, first, second = populations(2)
-    variate = ControlVariate(metric, statistics(control[2048:]))
-    truth = metric.distance(first.mean(0), torch.cov(first.T)) - metric.distance(second.mean(0), torch.cov(second.T))
-    plain, controlled = [], []
+    true = frechet_distance(statistics(first), metric.reference) - frechet_distance(
+        statistics(second), metric.reference
+    )
+    plain = control_variate = 0.0
     for start in range(0, 2048, 64):
         few = slice(start, start + 64)
-        distances = [metric.distance(x[few].mean(0), torch.cov(x[few].T)) for x in (first, second)]
-        plain.append((distances[0] - distances[1] - truth) ** 2)
-        a, b = (variate.distance(x[few], control[few]) for x in (first, second))
-        controlled.append((a - b - truth) ** 2)
-    assert sum(controlled) < 0.5 * sum(plain)
+        a, b = (frechet_distance(statistics(x[few]), metric.reference) for x in (first, second))
+        plain += (a - b - true) ** 2
+        variate = controlled(metric, control[2048:], control[few])
+        control_variate += (variate.distance(first[few]) - variate.distance(second[few]) - true) ** 2
+    assert control_variate < 0.5 * plain
 
 
 def test_weights_count_images() -> None:
     metric, control, first, _ = populations(3)
-    variate = ControlVariate(metric, statistics(control))
-    twice = torch.cat([first[:40], first[:10]]), torch.cat([control[:40], control[:10]])
     weights = torch.cat([torch.full((10,), 2.0), torch.ones(30)]).double()
-    assert variate.distance(first[:40], control[:40], weights) == pytest.approx(variate.distance(*twice), rel=1e-9)
+    twice = controlled(metric, control, torch.cat([control[:40], control[:10]]))
+    once = controlled(metric, control, control[:40])
+    expected = twice.distance(torch.cat([first[:40], first[:10]]))
+    assert once.distance(first[:40], weights) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_interval_holds_the_distance_and_narrows_with_more_images() -> None:
+def test_batches_are_one_measurement_and_its_interval_narrows_with_more_images() -> None:
     metric, control, first, _ = populations(4)
-    variate = ControlVariate(metric, statistics(control[2048:]))
     widths = []
     for count in (50, 400):
-        low, high = variate.interval(first[:count], control[:count], 60, seed=0)
-        assert low < variate.distance(first[:count], control[:count]) < high
+        variate = controlled(metric, to_pixels(control[2048:]), to_pixels(control[:count]))
+        measurement = variate.start(resampled=True)
+        images = to_pixels(first[:count]).float().view(count, 1, 3, 4)
+        for batch in images.split(25):
+            measurement.update(Batch(batch))
+        low, high = measurement.interval(60, seed=0) or (0.0, 0.0)
+        assert low < measurement.value() < high
         widths.append(high - low)
     assert widths[1] < widths[0]
+
+
+def to_pixels(features: Tensor) -> Tensor:
+    """Into [0, 1], where images are."""
+    return (features / 24 + 0.5).clamp(0, 1)

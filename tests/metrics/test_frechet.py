@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tmpq_exp.data import to_uint8, uci_digits
-from tmpq_exp.metrics.frechet import FeatureStatistics, FeatureSums, FrechetMetric, digits_frechet, frechet_distance
+from tmpq_exp.metrics.frechet import FrechetMetric, digits_frechet, frechet_distance
+from tmpq_exp.metrics.metric import Batch
+from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
 from tmpq_exp.zoo.digits import DigitsClassifier
 from tmpq_exp.zoo.embedded import embedded_file
 from tmpq_exp.zoo.weights import write_tensors
@@ -81,30 +83,32 @@ def test_equals_pytorch_fid(dimensions: int, rank: int) -> None:
     assert ours == pytest.approx(theirs, rel=1e-6 if rank == dimensions else 1e-4)
 
 
+def interval(metric: FrechetMetric, batches: list[Tensor], num_resamples: int, seed: int) -> tuple[float, float]:
+    measurement = metric.start(resampled=True)
+    for batch in batches:
+        measurement.update(Batch(batch))
+    assert measurement.value() == metric(batches)
+    found = measurement.interval(num_resamples, seed)
+    assert found is not None
+    return found
+
+
 def test_interval_holds_the_distance_and_narrows_with_more_images() -> None:
     metric = FrechetMetric("fd_pixels", Pixels(), statistics([images(300, 0)]))
     fake = images(2000, 1, power=2.0)
-    few, many = (metric.interval([fake[:count]], 100, seed=0) for count in (100, 2000))
+    few, many = (interval(metric, [fake[:count]], 100, seed=0) for count in (100, 2000))
     for count, (low, high) in ((100, few), (2000, many)):
         assert low < metric([fake[:count]]) < high
     assert many[1] - many[0] < 0.5 * (few[1] - few[0])
-    assert metric.interval([fake[:60], fake[60:100]], 100, seed=0) == pytest.approx(few)
-    assert metric.interval([fake[:100]], 100, seed=1) != few
+    assert interval(metric, [fake[:60], fake[60:100]], 100, seed=0) == pytest.approx(few)
+    assert interval(metric, [fake[:100]], 100, seed=1) != few
 
 
 def test_interval_is_as_wide_as_the_distance_varies() -> None:
     metric = FrechetMetric("fd_pixels", Pixels(), statistics([images(3000, 0)]))
     sets = [images(200, seed, power=2.0) for seed in range(1, 41)]
-    half_widths = [(high - low) / 2 for low, high in (metric.interval([s], 60, seed=0) for s in sets[:8])]
+    half_widths = [(high - low) / 2 for low, high in (interval(metric, [s], 60, seed=0) for s in sets[:8])]
     assert np.mean(half_widths) == pytest.approx(1.96 * np.std([metric([s]) for s in sets], ddof=1), rel=0.35)
-
-
-def test_paired_distance() -> None:
-    metric = FrechetMetric("fd_pixels", Pixels(), statistics([images(20, 0)]))
-    a, b = images(30, 1), images(30, 2)
-    expected = (Pixels().features(a.double()) - Pixels().features(b.double())).square().sum(1).mean()
-    assert metric.paired(a, b) == pytest.approx(float(expected), rel=1e-6)
-    assert metric.paired(a, a) == 0
 
 
 def test_statistics_equal_numpys() -> None:
@@ -158,6 +162,8 @@ def test_fingerprint_names_what_the_number_depends_on() -> None:
     network.mixture[0, 0] += 1
     other_network = FrechetMetric("fd_pixels", network, reference).fingerprint()
     assert {key for key in base if base[key] != other_network[key]} == {"extractor"}
+    resized = FrechetMetric("fd_pixels", network, reference, resize="to 8x8").fingerprint()
+    assert {key for key in resized if resized[key] != other_network[key]} == {"extractor", "resize"}
 
 
 def test_statistics_round_trip(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from tmpq_exp.config import CalibrationConfig
+from tmpq_exp.diffusion.sampler import DDIM
 from tmpq_exp.quant.states import cached_states, read_states, trajectory_states, write_states
+from tmpq_exp.zoo.conditioning import ClassLabels
+from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.task import DiffusionTask
 from tmpq_exp.zoo.weights import write_tensors
 
@@ -47,9 +50,11 @@ def test_a_given_file_is_taken(task: DiffusionTask, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"name": "other"}, "another model, found ddpm_digits, expected other"),
-        ({"alphas_cumprod": torch.linspace(0.9, 0.1, 1000, dtype=torch.float64)}, "another schedule"),
-        ({"sample_shape": (1, 8, 8)}, "another shape, found 1x16x16, expected 1x8x8"),
-        ({"clip_sample": True}, "another sampler"),
+        ({"sampler": DDIM(torch.linspace(0.9, 0.1, 1000, dtype=torch.float64))}, "another schedule"),
+        ({"sampler": DDIM(DigitsDDPM().alphas_cumprod(), clip_sample=True)}, "another sampler"),
+        ({"sample_shape": (1, 8, 8)}, r"another shape, found \[1, 16, 16\], expected \[1, 8, 8\]"),
+        ({"conditions": ClassLabels(5)}, "another conditions"),
+        ({"guidance_scale": 2.0}, r"another guidance_scale, found 1\.0, expected 2\.0"),
     ],
 )
 def test_states_of_something_else_are_refused(

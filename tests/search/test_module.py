@@ -27,13 +27,10 @@ TINY = SearchSpace((range(2), range(2, 4)), *[((8,),) * NUM_LAYERS] * 2, ((0,),)
 class ToyObjective:
     """Scores by the sum of timesteps less the bits; remembers what it was asked."""
 
-    score_name = "toy"
+    score = SimpleNamespace(name="toy")
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int | None, str]] = []
-
-    def score(self, trial: Any) -> float:
-        return float(trial.score(self.score_name))
 
     def evaluate(self, candidate: Candidate, phase: str, *, generation: int | None = None) -> Any:
         self.asked.append((candidate.key(), generation, phase))
@@ -120,9 +117,6 @@ class ToyProxy:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-
-    def score(self, trial: Any) -> float:
-        return float(trial.score(self.score_name))
 
     def evaluate(self, candidate: Candidate, phase: str, *, generation: int | None = None) -> Any:
         assert phase == "proxy"

@@ -14,9 +14,11 @@ from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from tmpq_exp.cost import CostModel, LinearShape
+from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, PerImageMetric
 from tmpq_exp.quant.allocation import Allocation, Candidate
 from tmpq_exp.search.objective import Objective, Protocol, label
 from tmpq_exp.search.trials import Trial, TrialLog
+from tmpq_exp.zoo.conditioning import Prompts, Unconditional
 
 COST = CostModel((LinearShape("a", 4, 8, 2), LinearShape("b", 8, 4, 1)))
 
@@ -37,6 +39,9 @@ class FakeSupernet:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     task: Any = field(default_factory=lambda: fake_task())
 
+    def latents(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:
+        return self.images(candidate, image_indices, seed) * 2 - 1
+
     def images(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:
         self.calls.append((candidate.key(), tuple(image_indices), seed))
         images = torch.full((len(image_indices), 1, 2, 2), candidate.allocations[0].weight_bits[0] / 64)
@@ -45,34 +50,82 @@ class FakeSupernet:
         return images
 
 
+class FakeNetwork:
+    """One feature an image: its brightness."""
+
+    num_features = 1
+
+    def features(self, images: Tensor) -> Tensor:
+        return images.flatten(1).mean(1, keepdim=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def to(self, device: torch.device) -> FakeNetwork:
+        return self
+
+
 @dataclass
-class FakeMetric:
+class FakeMetric(Metric):
     """Mean brightness; ``raises`` or an odd ``value`` stand for a metric that breaks down."""
 
     name: str = "brightness"
     reference: str = "r"
     value: float | None = None
     raises: Exception | None = None
+    network: FeatureNetwork | None = field(default_factory=FakeNetwork)
 
-    def __call__(self, batches: Any) -> float:
-        if self.raises is not None:
-            raise self.raises
-        return float(torch.cat(list(batches)).mean()) if self.value is None else self.value
+    def start(self, *, resampled: bool = False) -> Measurement:
+        return FakeMeasurement(self)
 
-    def paired(self, images: Tensor, reference: Tensor) -> float:
-        return float((images - reference).square().mean())
-
-    def interval(self, batches: Any, num_resamples: int, seed: int) -> tuple[float, float]:
-        value = float(torch.cat(list(batches)).mean())
-        return value - num_resamples, value + num_resamples
-
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"metric": self.name, "reference": self.reference}
 
 
+class FakeMeasurement(Measurement):
+    def __init__(self, metric: FakeMetric) -> None:
+        self.metric = metric
+        self.images: list[Tensor] = []
+
+    def update(self, batch: Batch) -> None:
+        self.images.append(batch.images)
+
+    def value(self) -> float:
+        if self.metric.raises is not None:
+            raise self.metric.raises
+        return float(torch.cat(self.images).mean()) if self.metric.value is None else self.metric.value
+
+    def interval(self, num_resamples: int, seed: int) -> tuple[float, float]:
+        return self.value() - num_resamples, self.value() + num_resamples
+
+
+@dataclass
+class Seen(PerImageMetric):
+    """Remembers its batches."""
+
+    name: str = "seen"
+    needs: Any = frozenset()
+    batches: list[Batch] = field(default_factory=list)
+
+    def values(self, batch: Batch) -> Tensor:
+        self.batches.append(batch)
+        return batch.images.flatten(1).mean(1)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"metric": self.name}
+
+
+def byte(brightness: float) -> float:
+    """Brightness of an image as it is saved."""
+    return round(brightness * 255) / 255
+
+
 def fake_task(**changes: Any) -> SimpleNamespace:
-    facts = {"weights_hash": "w", "clip_sample": False, "sample_shape": (1, 2, 2), "num_classes": None}
-    return SimpleNamespace(**({**facts, "alphas_cumprod": torch.linspace(0.9, 0.1, 10)} | changes))
+    return SimpleNamespace(
+        fingerprint={"weights": "w", "sampler": "s"} | changes,
+        conditions=Unconditional(),
+        decode=lambda x0: x0 / 2 + 0.5,
+    )
 
 
 @dataclass
@@ -106,7 +159,7 @@ def setup(tmp_path: Path) -> Setup:
 def test_images_come_in_micro_batches_of_one_stream(setup: Setup) -> None:
     setup.objective().evaluate(candidate(8), "search", generation=0)
     batches = [(0, 1), (2, 3), (4, 5)]  # the last one is whole; what is beyond num_images is left out
-    expected = [(c.key(), batch, 3) for c in (candidate(8), REFERENCE) for batch in batches]
+    expected = [(c.key(), batch, 3) for c in (REFERENCE, candidate(8)) for batch in batches]
     assert setup.supernet.calls == expected
 
 
@@ -148,7 +201,9 @@ def test_few_images_are_compared_with_the_reference(setup: Setup) -> None:
     trial = objective.evaluate(candidate(8), "search", images=lambda _: made)
     reference = [batch for key, batch, _ in setup.supernet.calls if key == REFERENCE.key()]
     assert reference == [(0, 1), (2, 3)]  # whole micro-batches
-    assert trial.metrics["feature_mse"] == pytest.approx((0 + 0 + 0.25**2) / 3)  # the reference is 0.5 everywhere
+    assert trial.metrics["feature_mse"] == pytest.approx(
+        (0 + 0 + (byte(0.5) - byte(0.25)) ** 2) / 3
+    )  # the reference is 0.5 everywhere
     assert trial.metrics["brightness"] == pytest.approx(0.25)
 
 
@@ -202,7 +257,7 @@ def test_a_cheap_look_measures_the_distance_to_the_reference_alone(setup: Setup)
     trial = objective.evaluate(candidate(8), "proxy", generation=0)
     assert trial.error is None
     assert trial.metrics.keys() == {"psnr_db", "feature_mse"}
-    assert trial.metrics["feature_mse"] == pytest.approx((24 / 64) ** 2)
+    assert trial.metrics["feature_mse"] == pytest.approx((byte(0.5) - byte(8 / 64)) ** 2)
 
 
 def test_intervals_stand_beside_the_quality_where_they_are_asked_for(setup: Setup) -> None:
@@ -210,6 +265,74 @@ def test_intervals_stand_beside_the_quality_where_they_are_asked_for(setup: Setu
     trial = setup.objective(bootstrap=2, protocol=Protocol(4, 9, 2)).evaluate(candidate(8), "final")
     assert trial.intervals == {"brightness": pytest.approx([8 / 64 - 2, 8 / 64 + 2])}
     assert TrialLog(setup.trials.path).trials[-1] == trial
+
+
+def test_further_metrics_stand_beside_the_quality_with_fingerprints_of_their_own(setup: Setup, tmp_path: Path) -> None:
+    plain = setup.objective().evaluate(candidate(8), "final")
+    objective = setup.objective(further=[Seen(), FakeMetric(name="dark", reference="s")])
+    trial = objective.evaluate(candidate(8), "final")
+    assert trial.metrics == {**plain.metrics, "seen": pytest.approx(8 / 64), "dark": pytest.approx(8 / 64)}
+    assert trial.fingerprint == plain.fingerprint  # the quality is measured as without them
+    assert trial.further == objective.further_fingerprints
+    assert objective.evaluate(candidate(8), "final") is trial
+    other = setup.objective(further=[Seen(), FakeMetric(name="dark", reference="t")])
+    changed = {name for name, found in other.further_fingerprints.items() if found != trial.further[name]}
+    assert changed == {"dark"}
+    assert other.evaluate(candidate(8), "final").index == trial.index + 1
+
+
+def test_a_further_metric_that_breaks_down_leaves_the_trial_good(setup: Setup) -> None:
+    further = [FakeMetric(name="dark", raises=ValueError("too few images")), FakeMetric(name="nan", value=float("nan"))]
+    trial = setup.objective(further=further).evaluate(candidate(8), "final")
+    assert (trial.error, trial.metrics["dark"], trial.metrics["nan"]) == (None, None, None)
+    assert trial.missing == {"dark": "dark: too few images", "nan": "nan was nan"}
+
+
+def test_metrics_see_prompts_and_the_reference_of_the_first_images(setup: Setup) -> None:
+    setup.supernet.task.conditions = Prompts(["one", "two", "three"], lambda _: torch.zeros(1, 1), "e")
+    seen = Seen()
+    protocol = Protocol(num_images=5, seed=3, micro_batch=2, paired_images=3)
+    setup.objective(further=[seen], protocol=protocol).evaluate(candidate(8), "final")
+    assert [batch.prompts for batch in seen.batches] == [("one", "two"), ("three", "one"), ("two",)]
+    assert [len(batch.reference) for batch in seen.batches if batch.reference is not None] == [2, 1, 0]
+    assert {batch.latents for batch in seen.batches} == {None}
+
+
+@pytest.mark.parametrize("chosen", [candidate(8), REFERENCE])
+def test_latents_are_there_where_a_metric_reads_them(setup: Setup, chosen: Candidate) -> None:
+    seen = Seen(needs=frozenset({"latents"}))
+    protocol = Protocol(num_images=5, seed=3, micro_batch=2, paired_images=3)
+    objective = setup.objective(further=[seen], protocol=protocol)
+    objective.evaluate(chosen, "final", images=lambda _: pytest.fail("images without their latents"))
+    bits = chosen.allocations[0].weight_bits[0]
+    assert [len(batch.images) for batch in seen.batches] == [2, 2, 1]
+    for batch, count in zip(seen.batches, (2, 1, 0), strict=True):
+        assert batch.latents is not None
+        assert batch.reference_latents is not None
+        assert batch.latents.unique().tolist() == [bits / 32 - 1]
+        assert (batch.latents / 2 + 0.5).equal(batch.images)
+        assert len(batch.reference_latents) == count
+        assert not batch.reference_latents.any()
+
+
+def test_a_metric_without_features_has_no_feature_error(setup: Setup) -> None:
+    trial = setup.objective(metric=FakeMetric(network=None)).evaluate(candidate(8), "search")
+    assert trial.metrics.keys() == {"brightness", "psnr_db"}
+
+
+def test_higher_is_better_where_the_name_says_so(setup: Setup) -> None:
+    trials = [setup.objective(metric=FakeMetric(name="ssim")).evaluate(candidate(bits), "search") for bits in (8, 6)]
+    assert [trial.metrics["ssim"] for trial in trials] == [8 / 64, 6 / 64]
+    assert trials[0].score("ssim") < trials[1].score("ssim") < float("inf")
+    assert setup.objective(metric=FakeMetric(name="ssim", value=float("nan"))).evaluate(candidate(5), "search").score(
+        "ssim"
+    ) == float("inf")
+
+
+def test_the_interval_of_a_candidate_is_that_of_its_quality(setup: Setup) -> None:
+    assert setup.objective().interval(candidate(8), 2) == pytest.approx([8 / 64 - 2, 8 / 64 + 2])
+    setup.supernet.bad = candidate(6)
+    assert setup.objective().interval(candidate(6), 2) is None
 
 
 def test_what_an_earlier_run_measured_is_recorded_and_not_measured(setup: Setup, tmp_path: Path) -> None:
@@ -244,9 +367,7 @@ def test_the_fingerprint_changes_with_all_that_a_figure_depends_on(setup: Setup)
         setup.objective(reference_candidate=candidate(32, 32)),
         setup.objective(metric=FakeMetric(reference="q")),
     ]
-    setup.supernet.task = fake_task(weights_hash="v")
-    objectives.append(setup.objective())
-    for change in ({"clip_sample": True}, {"num_classes": 3}, {"alphas_cumprod": torch.linspace(0.9, 0.2, 10)}):
+    for change in ({"weights": "v"}, {"sampler": "t"}):
         setup.supernet.task = fake_task(**change)
         objectives.append(setup.objective())
     assert len({objective.fingerprint for objective in objectives}) == len(objectives)

@@ -67,6 +67,7 @@ class Config:
         data: Images for training, or test images of a classifier, a ``_target_``.
         search: The search algorithm, a partial ``_target_``.
         trainer: The Lightning Trainer, a partial ``_target_``.
+        metrics: Metrics by name, each a ``_target_``; ``evaluation`` chooses among them.
         reuse: Run directories whose evaluations are taken over where protocol and quantizers are the same, as they
             are when only the budget or the search differ.
         seed: Seed of every random stream, at least 0.
@@ -90,6 +91,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     search: Any = MISSING
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    metrics: Any = MISSING
     trainer: Any = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -113,8 +115,28 @@ class Config:
         for row in self.classification.further:
             self.winograd.varied(row)
         self._check_searched_tiles()
+        self._check_metrics()
         if self.cost.scale == "release" and self.winograd.tile != 0:
             raise UserError(f"winograd.tile must be 0 under cost.scale=release, found {self.winograd.tile}")
+
+    def metric_node(self, chosen: Any) -> Any:
+        """The ``_target_`` of a metric that is given by name, or itself."""
+        return self.metrics[chosen] if isinstance(chosen, str) else chosen
+
+    def _check_metrics(self) -> None:
+        """Every metric is known by its name, or is a ``_target_``; none stands twice."""
+        if self.evaluation.metric == MISSING:
+            return
+        further = [("evaluation.further", chosen) for chosen in self.evaluation.further]
+        seen: list[Any] = []
+        for key, chosen in [("evaluation.metric", self.evaluation.metric), *further]:
+            if isinstance(chosen, str) and chosen not in self.metrics:
+                raise UserError(f"{key}: no metric {chosen!r}; known: {', '.join(self.metrics)}")
+            if not isinstance(chosen, str) and not (isinstance(chosen, dict) and "_target_" in chosen):
+                raise UserError(f"{key} must be a name ({', '.join(self.metrics)}) or a _target_, found {chosen!r}")
+            if chosen in seen:
+                raise UserError(f"{key} must not repeat a metric, found {chosen!r} twice")
+            seen.append(chosen)
 
     def _check_searched_tiles(self) -> None:
         """Where the tile is a gene, direct and Winograd layers have the same kind of quantizers."""

@@ -128,8 +128,8 @@ class ObjectiveConfig:
         proxy_images: Images of the cheap look, the first of the others; from 1 to ``num_images``.
         promote_fraction: Share of a generation that is scored after it, in (0, 1].
         control_images: Images of the float model at K steps, on seeds of their own, behind the control variate that
-            takes most of the seeds' chance out of a score (see ``tmpq_exp.metrics.control``); 0: plain scores. At least
-            ``num_images``.
+            takes most of the seeds' chance out of a score (see ``tmpq_exp.metrics.control``), at least
+            ``num_images``; 0: plain scores, as those of metrics that are no Frechet distance always are.
     """
 
     num_images: int = 128
@@ -161,7 +161,11 @@ class EvaluationConfig:
     """Final evaluation, on seeds the search never saw.
 
     Args:
-        metric: Config of the quality metric (a ``_target_``); lower is better.
+        metric: The quality metric that is searched by: a name in ``metrics``, or a ``_target_`` of its own.
+        further: Metrics that are reported beside it for the baselines and the winner, on the final images; names or
+            ``_target_``s.
+        reference: Images that distances compare with: a folder, an ``.npz`` of statistics, or safetensors of a training
+            run; null: the metric's own, where it has one.
         num_images: Images for the baselines and the winner, at least 2.
         num_finalists: Best candidates of the search that are scored again on a third set of seeds to choose the
             winner.
@@ -183,6 +187,8 @@ class EvaluationConfig:
     """
 
     metric: Any = MISSING
+    further: list[Any] = field(default_factory=list)
+    reference: str | None = None
     num_images: int = 512
     num_finalists: int = 4
     selection_images: int | None = None

@@ -98,6 +98,11 @@ def group_minima(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(min(group) for group in reversed(groups))
 
 
+def standing_timestep(group: range, spacing: TimestepSpacing) -> int:
+    """The timestep of an ascending group where none is searched: its largest for ``trailing``, else its smallest."""
+    return group[-1] if spacing is TimestepSpacing.TRAILING else group[0]
+
+
 def spaced_timesteps(num_train_timesteps: int, num_steps: int, spacing: TimestepSpacing) -> tuple[int, ...]:
     """Kept timesteps of a fixed schedule, in sampling order.
 

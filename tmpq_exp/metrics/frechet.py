@@ -2,117 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tmpq_exp.data import to_uint8
+from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, Place
+from tmpq_exp.metrics.reference import ReferenceFolder, extractor_hash, open_reference
+from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
 from tmpq_exp.zoo.cifar import CifarClassifier
 from tmpq_exp.zoo.digits import DigitsClassifier
 from tmpq_exp.zoo.embedded import EmbeddedClassifier, embedded_file
-from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
-
-
-class FeatureNetwork(Protocol):
-    """Anything with ``num_features`` and a map from images in [0, 1] to features."""
-
-    num_features: int
-
-    def features(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W) -> (N, num_features)``."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Weights, for the fingerprint."""
-        ...
-
-    def to(self, device: torch.device) -> FeatureNetwork:
-        """Itself, moved."""
-        ...
-
-
-FEATURE_BATCH = 500
-"""Images a forward of the feature network, at most, where batches are not given."""
-
-
-@torch.inference_mode()
-def features_of(network: FeatureNetwork, images: Tensor) -> Tensor:
-    """Features in float64 of images in [0, 1], rounded to uint8 first, as saved images would be."""
-    features: Tensor = network.to(images.device).features(to_uint8(images).float() / 255)
-    return features.double()
-
-
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """Gaussian fit of a set of features: mean ``(d,)`` and unbiased covariance ``(d, d)`` in float64."""
-
-    mean: Tensor
-    covariance: Tensor
-    num_images: int
-
-    def save(self, path: Path, source: str) -> None:
-        """Write as safetensors; ``source`` says what the images were."""
-        tensors = {"mean": self.mean, "covariance": self.covariance}
-        write_tensors(path, tensors, {"num_images": str(self.num_images), "source": source})
-
-    @classmethod
-    def load(cls, path: Path) -> FeatureStatistics:
-        """Inverse of ``save``.
-
-        Raises:
-            ValueError: If the file is missing, truncated, or holds other tensors.
-        """
-        tensors, metadata = read_tensors(path, "reference statistics")
-        if tensors.keys() != {"mean", "covariance"} or "num_images" not in metadata:
-            raise ValueError(
-                f"reference statistics: {path} holds {sorted(tensors)}, expected mean and covariance, "
-                "and num_images in its metadata"
-            )
-        mean, covariance, num_images = tensors["mean"], tensors["covariance"], metadata["num_images"]
-        if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)) or not num_images.isdecimal():
-            raise ValueError(
-                f"reference statistics: {path} holds a mean {tuple(mean.shape)}, a covariance "
-                f"{tuple(covariance.shape)} and num_images {num_images!r}, expected (d,), (d, d) and a number"
-            )
-        if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise ValueError(f"reference statistics: {path} holds values that are not finite")
-        return cls(mean.double(), covariance.double(), int(num_images))
-
-
-class FeatureSums:
-    """Running float64 sums of features; memory does not grow with the number of images."""
-
-    def __init__(self, network: FeatureNetwork) -> None:
-        self.network = network
-        self._sum = torch.zeros(network.num_features, dtype=torch.float64)
-        self._outer = torch.zeros(network.num_features, network.num_features, dtype=torch.float64)
-        self.num_images = 0
-
-    @torch.inference_mode()
-    def update(self, images: Tensor) -> None:
-        """Add images in [0, 1], ``(N, C, H, W)``, where they are; the network follows them."""
-        features = features_of(self.network, images)
-        self._sum += features.sum(0).cpu()
-        self._outer += (features.T @ features).cpu()
-        self.num_images += len(images)
-
-    def statistics(self) -> FeatureStatistics:
-        """Mean and covariance of what was added.
-
-        Raises:
-            ValueError: With fewer than two images.
-        """
-        if self.num_images < 2:
-            raise ValueError(f"a covariance needs at least 2 images, found {self.num_images}")
-        mean = self._sum / self.num_images
-        covariance = (self._outer - self.num_images * torch.outer(mean, mean)) / (self.num_images - 1)
-        return FeatureStatistics(mean.clone(), covariance, self.num_images)
+from tmpq_exp.zoo.weights import content_hash
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -153,7 +57,7 @@ def _distance(mean: Tensor, covariance: Tensor, reference: FeatureStatistics, ro
 
 
 def centred_interval(
-    distance: Callable[[Tensor], float], num_images: int, num_resamples: int, seed: int
+    distance: Callable[[Tensor], float], num_counted: int, num_resamples: int, seed: int
 ) -> tuple[float, float]:
     """Bootstrap interval of a distance over images, 95 %.
 
@@ -161,8 +65,9 @@ def centred_interval(
     the mean of the resamples and moved to the distance.
 
     Args:
-        distance: Distance where each image counts as often as its weight says, ``(num_images,)`` in float64.
-        num_images: Number of images.
+        distance: Distance where each image, or each block of images, counts as often as its weight says,
+            ``(num_counted,)`` in float64.
+        num_counted: Number of images or blocks.
         num_resamples: At least 2.
         seed: Of the resampling.
 
@@ -171,84 +76,141 @@ def centred_interval(
         by the centring.
     """
     rng = np.random.default_rng(seed)
-    once = np.ones(num_images)
-    weights = [once, *(rng.multinomial(num_images, once / num_images) for _ in range(num_resamples))]
+    once = np.ones(num_counted)
+    weights = [once, *(rng.multinomial(num_counted, once / num_counted) for _ in range(num_resamples))]
     value, *resampled = [distance(torch.from_numpy(w).double()) for w in weights]
     low, high = np.quantile(resampled, (0.025, 0.975)) - np.mean(resampled)
     return float(value + low), float(value + high)
 
 
-@dataclass(frozen=True)
-class FrechetMetric:
+class FrechetMetric(Metric):
     """Frechet distance on one feature network against one reference; lower is better.
 
     Args:
         name: Named after the feature network; ``fid`` is reserved for InceptionV3.
         network: Feature network in eval mode.
-        reference: Statistics of the reference images under that network.
+        reference: Statistics of the reference images under that network, or the folder that holds the images.
         image_shape: ``(C, H, W)`` of the images it takes; None takes any.
+        resize: What the network does to the size of images, for the fingerprint.
+        library: Where the network's code comes from, with its version, for the fingerprint.
     """
 
-    name: str
     network: FeatureNetwork
-    reference: FeatureStatistics
-    image_shape: tuple[int, int, int] | None = None
 
-    def __call__(self, batches: Iterable[Tensor]) -> float:
-        """Distance of images in [0, 1], given in batches of ``(N, C, H, W)``."""
-        sums = FeatureSums(self.network)
-        for images in batches:
-            sums.update(images)
-        found = sums.statistics()
-        return self.distance(found.mean, found.covariance)
+    def __init__(
+        self,
+        name: str,
+        network: FeatureNetwork,
+        reference: FeatureStatistics | ReferenceFolder,
+        image_shape: tuple[int, int, int] | None = None,
+        *,
+        resize: str = "none",
+        library: str = "tmpq_exp",
+    ) -> None:
+        self.name, self.network, self.image_shape = name, network, image_shape
+        self.resize, self.library, self._reference = resize, library, reference
+
+    @cached_property
+    def extractor(self) -> str:
+        """Hash of the feature network and what is done around it."""
+        return extractor_hash(self.network, self.resize, self.library)
+
+    @property
+    def reference(self) -> FeatureStatistics:
+        """Statistics of the reference; those of a folder are there after ``make_ready``."""
+        assert isinstance(self._reference, FeatureStatistics), "measured before make_ready"
+        return self._reference
+
+    @cached_property
+    def reference_root(self) -> Tensor:
+        """See ``_root``."""
+        return _root(self.reference.covariance)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the statistics are there."""
+        return isinstance(self._reference, FeatureStatistics)
+
+    def make_ready(self, place: Place) -> None:
+        """Statistics of a reference folder, from the cache or measured."""
+        if isinstance(self._reference, ReferenceFolder):
+            self._reference = self._reference.statistics(self.name, self.network, self.extractor, place)
+
+    def start(self, *, resampled: bool = False) -> Measurement:
+        """See ``Metric.start``."""
+        return _Resampled(self) if resampled else _Summed(self)
 
     def distance(self, mean: Tensor, covariance: Tensor) -> float:
         """Distance of a Gaussian with this mean ``(d,)`` and covariance ``(d, d)``."""
-        return _distance(mean, covariance, self.reference, self._reference_root)
+        return _distance(mean, covariance, self.reference, self.reference_root)
 
-    @cached_property
-    def _reference_root(self) -> Tensor:
-        return _root(self.reference.covariance)
-
-    def paired(self, images: Tensor, reference: Tensor) -> float:
-        """Mean over images of the squared distance between an image's features and its reference image's.
-
-        Says how far a model's images are from another's at the same seeds, with little noise at few images; a cheap
-        proxy where candidates are many.
-
-        Args:
-            images, reference: Images in [0, 1] of the same seeds in the same order, ``(N, C, H, W)``.
-        """
-        distances = [
-            (features_of(self.network, a) - features_of(self.network, b)).square().sum(1)
-            for a, b in zip(torch.split(images, FEATURE_BATCH), torch.split(reference, FEATURE_BATCH), strict=True)
-        ]
-        return float(torch.cat(distances).mean())
-
-    def interval(self, batches: Iterable[Tensor], num_resamples: int, seed: int) -> tuple[float, float]:
-        """Bootstrap interval of the distance over images, 95 %.
-
-        Args:
-            batches: Images in [0, 1].
-            num_resamples, seed: See ``centred_interval``.
-        """
-        features = torch.cat([features_of(self.network, images).cpu() for images in batches])
-        return centred_interval(lambda w: self._weighted(features, w), len(features), num_resamples, seed)
-
-    def _weighted(self, features: Tensor, weights: Tensor) -> float:
-        """Distance where each image counts as often as its weight says."""
-        mean = weights @ features / weights.sum()
-        centred = features - mean
-        return self.distance(mean, (centred.T * weights) @ centred / (weights.sum() - 1))
-
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, Any]:
         """Hashes of what the number depends on."""
-        reference = {"mean": self.reference.mean, "covariance": self.reference.covariance}
         return {
             "metric": self.name,
-            "extractor": content_hash(self.network.state_dict()),
-            "reference": content_hash(reference),
+            "extractor": self.extractor,
+            "reference": self._reference_hash,
+            "resize": self.resize,
+            "library": self.library,
         }
+
+    @cached_property
+    def _reference_hash(self) -> str:
+        return content_hash({"mean": self.reference.mean, "covariance": self.reference.covariance})
+
+
+MAX_BLOCKS = 512
+BLOCK_BYTES = 2**28
+"""Most blocks of a bootstrap, and most memory for their sums."""
+
+
+class _Summed(Measurement):
+    """Running sums alone: memory does not grow with the number of images."""
+
+    def __init__(self, metric: FrechetMetric) -> None:
+        self._metric, self._sums = metric, FeatureSums(metric.network)
+
+    def update(self, batch: Batch) -> None:
+        self._sums.add(batch.features(self._metric.network))
+
+    def value(self) -> float:
+        found = self._sums.statistics()
+        return self._metric.distance(found.mean, found.covariance)
+
+
+class _Resampled(_Summed):
+    """Sums, and every image's features for the interval."""
+
+    def __init__(self, metric: FrechetMetric) -> None:
+        super().__init__(metric)
+        self._features = list[Tensor]()
+
+    def update(self, batch: Batch) -> None:
+        super().update(batch)
+        self._features.append(batch.features(self._metric.network).cpu())
+
+    def interval(self, num_resamples: int, seed: int) -> tuple[float, float]:
+        """See ``centred_interval``; images are resampled in random blocks, whose sums are made once."""
+        features = torch.cat(self._features)
+        order = torch.from_numpy(np.random.default_rng([seed, len(features)]).permutation(len(features)))
+        blocks = [features[part] for part in order.tensor_split(self._num_blocks(*features.shape))]
+        counts = torch.tensor([len(block) for block in blocks], dtype=torch.float64)
+        sums = torch.stack([block.sum(0) for block in blocks])
+        outers = torch.stack([block.T @ block for block in blocks])
+
+        def distance(weights: Tensor) -> float:
+            count = weights @ counts
+            mean = weights @ sums / count
+            outer = torch.tensordot(weights, outers, dims=1)
+            return self._metric.distance(mean, (outer - count * torch.outer(mean, mean)) / (count - 1))
+
+        return centred_interval(distance, len(blocks), num_resamples, seed)
+
+    @staticmethod
+    def _num_blocks(num_images: int, num_features: int) -> int:
+        """Blocks whose sums fit into the memory for them: an image each where there are few."""
+        fitting = BLOCK_BYTES // (8 * num_features**2)
+        return min(num_images, max(20, min(MAX_BLOCKS, fitting)))
 
 
 def digits_frechet(checkpoint: str | None = None, reference: str | None = None) -> FrechetMetric:
@@ -256,7 +218,7 @@ def digits_frechet(checkpoint: str | None = None, reference: str | None = None) 
 
     Args:
         checkpoint: Other classifier weights; the reference must then be theirs.
-        reference: Other reference statistics, as safetensors.
+        reference: Other reference: a folder of images, or statistics as ``.npz`` or safetensors.
     """
     return _frechet("fd_digits", DigitsClassifier(checkpoint), reference)
 
@@ -272,10 +234,7 @@ def cifar10_frechet(checkpoint: str | None = None, reference: str | None = None)
 
 def _frechet(name: str, classifier: EmbeddedClassifier, reference: str | None) -> FrechetMetric:
     network = classifier.load()
-    path = Path(reference) if reference else embedded_file(classifier.name, "reference.safetensors")
-    statistics = FeatureStatistics.load(path)
-    if len(statistics.mean) != network.num_features:
-        raise ValueError(
-            f"reference statistics: {path} has {len(statistics.mean)} features, the network {network.num_features}"
-        )
-    return FrechetMetric(name, network, statistics, classifier.image_shape)
+    path = reference or str(embedded_file(classifier.name, "reference.safetensors"))
+    shape = classifier.image_shape
+    found = open_reference(name, path, network.num_features, image_shape=shape)
+    return FrechetMetric(name, network, found, shape)

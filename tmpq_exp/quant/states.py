@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from tmpq_exp.seeding import stream_seed
 from tmpq_exp.zoo.task import DiffusionTask
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
-FORMAT = "calibration states 1"
+FORMAT = "calibration states 2"
 
 
 @dataclass(frozen=True)
 class CalibrationState:
-    """Inputs of one call of the float U-Net: states ``(B, C, H, W)`` at one timestep, and their conditioning."""
+    """Inputs of one call of the float U-Net: states ``(B, C, H, W)`` at one timestep, and their conditioning.
+
+    With guidance B is twice the number of images, as in the call itself.
+    """
 
     x: Tensor
     timestep: int
@@ -54,28 +58,23 @@ def trajectory_states(task: DiffusionTask, num_images: int, num_timesteps: int, 
     timesteps = spaced_timesteps(
         task.num_train_timesteps, min(num_timesteps, task.num_train_timesteps), TimestepSpacing.TRAILING
     )
-    indices = range(num_images)
-    conditioning = task.conditioning(indices)
     states: list[CalibrationState] = []
-    task.sample(
+    task.latents(
         task.unet,
-        indices,
+        range(num_images),
         timesteps,
         stream_seed(seed, "calibration"),
-        on_state=lambda x, timestep: states.append(CalibrationState(x, timestep, conditioning)),
+        on_call=lambda x, timestep, conditioning: states.append(CalibrationState(x, timestep, conditioning)),
     )
     return states
 
 
 def _identity(task: DiffusionTask) -> dict[str, str]:
-    """What states belong to: the model, its weights, schedule and sampler, and the shape of a state."""
-    return {
-        "model": task.name,
-        "weights": task.weights_hash,
-        "schedule": content_hash({"alphas_cumprod": task.alphas_cumprod}),
-        "sampler": f"ddim, clip_sample {task.clip_sample}",
-        "shape": "x".join(map(str, task.sample_shape)),
+    """What states belong to: the model, its weights, schedule, sampler and conditions, and the shape of a state."""
+    facts = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in task.state_fingerprint.items()
     }
+    return {"model": task.name, **facts}
 
 
 def states_path(task: DiffusionTask, config: CalibrationConfig, seed: int, cache_dir: Path) -> Path:
@@ -93,7 +92,7 @@ def cached_states(
     """States of a given file, of the cache, or freshly made ones that are then in the cache; and their file.
 
     Raises:
-        ValueError: If a file is missing, damaged, or of another model, schedule, sampler or shape.
+        ValueError: If a file is missing, damaged, or of another model, schedule, sampler, conditions or shape.
     """
     path = Path(config.states) if config.states else states_path(task, config, seed, cache_dir)
     if not config.states and not path.exists():
@@ -116,7 +115,7 @@ def read_states(path: Path, task: DiffusionTask) -> list[CalibrationState]:
     """States that were made for this task.
 
     Raises:
-        ValueError: If the file is missing, damaged, or of another model, schedule, sampler or shape.
+        ValueError: If the file is missing, damaged, or of another model, schedule, sampler, conditions or shape.
     """
     tensors, metadata = read_tensors(path, "calibration states")
     if metadata.get("format") != FORMAT:

@@ -258,7 +258,12 @@ class SupernetModule(L.LightningModule):
         Returns:
             Images in [0, 1], ``(N, C, H, W)``.
         """
-        sample, supernet = self.task.sample, self.supernet
+        return self.task.decode(self.latents(candidate, image_indices, seed))
+
+    @torch.inference_mode()
+    def latents(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:
+        """The same before they are decoded: clean states, ``(N, C, H, W)``; arguments as for ``images``."""
+        sample, supernet = self.task.latents, self.supernet
         if len(candidate.allocations) == 1:
             with supernet.subnet(candidate.allocations[0]):
                 return sample(supernet, image_indices, candidate.timesteps, seed)

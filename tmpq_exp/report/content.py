@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 
 from tmpq_exp.files import replace_file
+from tmpq_exp.metrics.names import higher_is_better as higher_is_better
 
 SCHEMA = 1
 """Version of the keys below; it rises when a key changes its meaning or goes away."""
@@ -24,6 +25,7 @@ REPORT_KEYS: Mapping[str, str] = {
     "model": "name of the compressed model",
     "fingerprint": "{search, final}: hash of everything that a quality figure depends on, for either set of seeds",
     "metric": "name of the quality metric the search minimised or maximised",
+    "further": "[{name, fingerprint, fingerprint_parts}]: metrics of the baselines and the best beside it",
     "num_train_timesteps": "length T of the training schedule; timesteps lie in 0..T-1",
     "budget": "{bitops, name}: the most BitOPs a candidate may cost, and the baseline it comes from",
     "baselines": "entries float_reference, float_k, w8a8 and w6a6 on the final seeds",
@@ -51,6 +53,8 @@ ENTRY_KEYS: Mapping[str, str] = {
     "intervals": "name -> [low, high]: 95 % bootstrap interval over images of a metric; empty where not asked for",
     "num_images": "images the metrics were measured on",
     "seed": "seed those images started from",
+    "fingerprint": "hash of everything that its quality figures depend on; figures compare under one hash",
+    "further": "further metric -> its own fingerprint; empty where none was measured",
 }
 """Keys of an entry (a baseline, the best, a member of the front)."""
 
@@ -100,13 +104,6 @@ REFERENCE = "reference"
 TILE_RULE = "winograd_rule"
 """Name of the baseline whose tiles the data-free rule chose."""
 
-_HIGHER_IS_BETTER = ("psnr", "ssim", "clip", "inception_score", "accuracy", "sqnr")
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether a larger value of the metric means better images (false for Frechet distances)."""
-    return metric.startswith(_HIGHER_IS_BETTER)
-
 
 def validate_report(report: Mapping[str, Any]) -> None:
     """Check that a report has every documented key.
@@ -133,11 +130,30 @@ def validate_report(report: Mapping[str, Any]) -> None:
         require(entry, ENTRY_KEYS, place)
         require(entry["bits"], ("weight_bits_mean", "act_bits_mean", "label"), f"{place}.bits")
         require(entry["metrics"], (report["metric"],), f"{place}.metrics")
+    _refuse_mixed_fingerprints(report)
     for index, tile in enumerate(report["winograd"]):
         require(tile, WINOGRAD_KEYS, f"report.winograd[{index}]")
         require(tile["sqnr_db"], ("standard", "closed_form", "learned"), f"report.winograd[{index}].sqnr_db")
         for layer in tile["ineligible_layers"]:
             require(layer, ("name", "reason"), f"report.winograd[{index}].ineligible_layers")
+
+
+def _refuse_mixed_fingerprints(report: Mapping[str, Any]) -> None:
+    """Every figure of a table was measured as the others of its column."""
+    further = {metric["name"]: metric["fingerprint"] for metric in report["further"]}
+    for place, entry in _entries(report):
+        is_front = place.startswith("report.front")
+        expected = report["fingerprint"]["search" if is_front else "final"]
+        if entry["fingerprint"] != expected:
+            raise ValueError(
+                f"{place}.fingerprint must be {expected!r} as of all figures beside it, found "
+                f"{entry['fingerprint']!r}; figures measured differently cannot stand in one table"
+            )
+        if not is_front and entry["further"] != further:
+            raise ValueError(
+                f"{place}.further must be {further} as in report.further, found {entry['further']}; figures measured "
+                "differently cannot stand in one table"
+            )
 
 
 def _entries(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -292,4 +308,27 @@ def summary_table(report: Mapping[str, Any]) -> Table:
             style="bold green" if is_best else "",
             end_section=position == len(rows) - 1,
         )
+    return table
+
+
+def further_table(report: Mapping[str, Any]) -> Table | None:
+    """The further metrics of the same rows; None where none was measured.
+
+    Args:
+        report: Content of a ``report.json``.
+
+    Raises:
+        ValueError: If a documented key is missing, or fingerprints are mixed.
+    """
+    validate_report(report)
+    names = [metric["name"] for metric in report["further"]]
+    if not names:
+        return None
+    better = "; ".join(f"{name}: {'higher' if higher_is_better(name) else 'lower'} is better" for name in names)
+    table = Table(title="further metrics", caption=f"{better}.", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, entry in table_rows(report):
+        table.add_row(label, *(number(entry["metrics"].get(name), 3) for name in names))
     return table

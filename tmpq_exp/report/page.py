@@ -143,6 +143,7 @@ def _row(report: Mapping[str, Any], label: str, entry: Mapping[str, Any]) -> dic
         "quality": entry["metrics"][report["metric"]],
         "interval": _interval(entry["intervals"].get(report["metric"])),
         "psnr_db": entry["metrics"].get("psnr_db"),
+        "further": [entry["metrics"].get(metric["name"]) for metric in report["further"]],
         "gbitops": entry["bitops"] / 1e9,
         "saving": saving_factor(report, entry),
         "weight_kb": entry["weight_bytes"] / 1e3,

@@ -43,7 +43,7 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def best_so_far(scores: Sequence[float]) -> list[float | None]:
-    """Best score after each evaluation; None until the first that did not fail."""
+    """Best score, the lowest, after each evaluation; None until the first that did not fail."""
     return [best if math.isfinite(best) else None for best in accumulate(scores, min)]
 
 

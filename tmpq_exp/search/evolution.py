@@ -38,9 +38,9 @@ class EvolutionSearch(Search):
         Sun et al., "TMPQ-DM", arXiv 2404.09532: evolutionary search over timesteps and bits.
 
     Differs from the method by moves within a reach and by a start near the seeds: random timesteps make a ragged
-    schedule, from which few evaluations do not find back. Differs from the authors' release, which draws bits uniformly until a candidate is feasible, without a cap, and
-    fills nothing. Its settings: population 50, parents 10, mutants 25, crossovers 10, generations 20,
-    mutation_prob 0.25, ``fill=False``, ``sample_from="uniform"``.
+    schedule, from which few evaluations do not find back. Differs from the authors' release, which draws bits
+    uniformly until a candidate is feasible, without a cap, and fills nothing. Its settings: population 50, parents 10,
+    mutants 25, crossovers 10, generations 20, mutation_prob 0.25, ``fill=False``, ``sample_from="uniform"``.
     """
 
     def __init__(

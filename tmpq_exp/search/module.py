@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 
+from tmpq_exp.metrics.names import loss, value_of
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Objective
@@ -33,10 +34,8 @@ class Proxy:
 
     def score(self, candidate: Candidate, generation: int) -> float:
         """Proxy of a candidate, lower is better."""
-        value = self.objective.evaluate(candidate, "proxy", generation=generation).metrics[self.metric]
-        if value is None:
-            return math.inf
-        return -value if self.metric == "psnr_db" else value
+        found = self.objective.evaluate(candidate, "proxy", generation=generation).metrics[self.metric]
+        return loss(self.metric, found)
 
 
 class SearchModule(L.LightningModule):
@@ -65,7 +64,9 @@ class SearchModule(L.LightningModule):
     def progress_note(self) -> str:
         """What the progress bar shows."""
         scores = [*self._scores.values(), *([self.search.best.score] if self.search.best else [])]
-        return f"best {self.objective.score_name} {min(scores):.3f}" if scores else ""
+        metric = self.objective.score.name
+        best = value_of(metric, min(scores, default=math.inf))
+        return "" if best is None else f"best {metric} {best:.3f}"
 
     def configure_optimizers(self) -> None:
         """None: evolution needs no gradient."""
@@ -83,7 +84,7 @@ class SearchModule(L.LightningModule):
             self._proxies[candidate.key()] = self.proxy.score(candidate, self.search.generation)
             return
         trial = self.objective.evaluate(self._promoted(candidates)[batch], "search", generation=self.search.generation)
-        self._scores[trial.key] = self.objective.score(trial)
+        self._scores[trial.key] = trial.score(self.objective.score.name)
 
     def _promoted(self, candidates: tuple[Candidate, ...]) -> dict[int, Candidate]:
         """Number of the evaluation -> candidate whose quality it measures."""

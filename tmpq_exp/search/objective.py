@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from tmpq_exp.cost import CostModel
-from tmpq_exp.metrics.control import ControlVariate
-from tmpq_exp.metrics.fidelity import mean_psnr_db
-from tmpq_exp.metrics.frechet import FeatureSums, FrechetMetric
+from tmpq_exp.metrics.control import ControlledFrechet
+from tmpq_exp.metrics.fidelity import FeatureError, Psnr
+from tmpq_exp.metrics.frechet import FrechetMetric
+from tmpq_exp.metrics.metric import Batch, Measurement, Metric, features_of
+from tmpq_exp.metrics.names import higher_is_better
+from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import digest
 from tmpq_exp.search.trials import Trial, TrialLog, finite_metrics
-from tmpq_exp.zoo.weights import content_hash
+from tmpq_exp.zoo.conditioning import Prompts
 
 MicroBatches = Callable[[Candidate], Iterable[Tensor]]
 """Images of a candidate under a protocol, one micro-batch after the other."""
@@ -63,7 +68,7 @@ class Control:
 
     Args:
         module: Makes the images.
-        metric: Quality metric.
+        metric: Quality metric, made ready.
         candidate: The schedule, float.
         protocol: Which images its statistics come from; other seeds than any candidate's.
     """
@@ -72,26 +77,24 @@ class Control:
         self.module, self.metric, self.candidate, self.protocol = module, metric, candidate, protocol
 
     @cached_property
-    def variate(self) -> ControlVariate:
-        """The control variate, its statistics measured at first use."""
-        sums, batches = FeatureSums(self.metric.network), self.protocol.micro_batches()
-        with StageBar("control images", len(batches)) as bar:
-            for images in self.protocol.wanted(self._images(self.protocol)):
+    def statistics(self) -> FeatureStatistics:
+        """Of its own images, measured at first use."""
+        sums = FeatureSums(self.metric.network)
+        with StageBar("control images", len(self.protocol.micro_batches())) as bar:
+            for images in self._images(self.protocol):
                 sums.update(images)
                 bar.advance()
-        return ControlVariate(self.metric, sums.statistics())
+        return sums.statistics()
 
-    def features(self, protocol: Protocol) -> Tensor:
-        """Features of its images under a candidate's protocol."""
-        return self.variate.features(protocol.wanted(self._images(protocol)))
+    def under(self, protocol: Protocol) -> ControlledFrechet:
+        """The metric of candidates under a protocol."""
+        facts = {"schedule": self.candidate.key(), "images": self.protocol.num_images, "seed": self.protocol.seed}
+        found = cache(lambda: torch.cat([features_of(self.metric.network, x).cpu() for x in self._images(protocol)]))
+        return ControlledFrechet(self.metric, lambda: self.statistics, found, facts)
 
     def _images(self, protocol: Protocol) -> Iterator[Tensor]:
-        for indices in protocol.micro_batches():
-            yield self.module.images(self.candidate, indices, protocol.seed)
-
-    def fingerprint(self) -> dict[str, str | int]:
-        """What the control depends on."""
-        return {"schedule": self.candidate.key(), "num_images": self.protocol.num_images, "seed": self.protocol.seed}
+        made = (self.module.images(self.candidate, some, protocol.seed) for some in protocol.micro_batches())
+        yield from protocol.wanted(made)
 
 
 PROXIES = ("psnr_db", "feature_mse")
@@ -101,12 +104,13 @@ PROXIES = ("psnr_db", "feature_mse")
 class Objective:
     """Scores candidates under one protocol, each at most once.
 
-    Every trial has ``psnr_db`` and ``feature_mse``, both against the float reference's images of the same seeds, on the
-    first ``paired_images``: they need few, and the reference has many steps.
+    Every trial has ``psnr_db`` and, where the metric has a feature network, ``feature_mse``, both against the float
+    reference's images of the same seeds, on the first ``paired_images``: they need few, and the reference has many
+    steps. Images are measured batch by batch; only the reference's are kept.
 
     Args:
         module: Supernet.
-        metric: Quality metric, lower is better.
+        metric: Quality metric, made ready.
         protocol: Which images.
         cost: Prices candidates.
         trials: Where evaluations are kept and looked up.
@@ -115,13 +119,14 @@ class Objective:
         on_trial: Called with every new trial.
         measures_quality: Whether the quality metric is measured; without it a trial has the proxies alone.
         bootstrap: Resamples behind the quality's interval over images; 0 leaves it out.
-        control: Control variate of the score; with it a trial also has ``<metric>_controlled``, which is its score.
+        control: With it a trial has ``<metric>_controlled`` too, and candidates are ranked by that.
+        further: Metrics that are measured beside the quality, made ready; each has a fingerprint of its own.
     """
 
     def __init__(
         self,
         module: SupernetModule,
-        metric: FrechetMetric,
+        metric: Metric,
         protocol: Protocol,
         cost: CostModel,
         trials: TrialLog,
@@ -132,34 +137,32 @@ class Objective:
         measures_quality: bool = True,
         bootstrap: int = 0,
         control: Control | None = None,
+        further: Sequence[Metric] = (),
     ) -> None:
         self.module, self.metric, self.protocol, self.cost, self.trials = module, metric, protocol, cost, trials
         self.reference_candidate, self._on_trial = reference_candidate, on_trial
         self.state, self.measures_quality, self.bootstrap = state, measures_quality, bootstrap
-        self.control = control if measures_quality else None
-        self._reference: Tensor | None = None
-        task = module.task
+        self.further = tuple(further)
+        self.score: Metric = metric if control is None or not measures_quality else control.under(protocol)
+        self._needs_latents = any("latents" in used.needs for used in (metric, *further))
+        self._reference: _Made | None = None
+        self._reference_memos: dict[tuple[int, int], dict[int, Tensor]] = {}  # by first image and number of images
         is_cuda = module.device.type == "cuda"
-        self.fingerprint_parts = {
-            **metric.fingerprint(),
+        common: dict[str, Any] = {
             **asdict(protocol),
-            "model": task.weights_hash,
-            "schedule": content_hash({"alphas_cumprod": task.alphas_cumprod}),
-            "sample_shape": list(task.sample_shape),
-            "num_classes": task.num_classes,
+            **module.task.fingerprint,
             "torch": torch.__version__,
-            "sampler": f"ddim, eta 0, clip_sample {task.clip_sample}",
             "psnr_reference": reference_candidate.key(),
             "dtype": "float32",
             "tf32": torch.backends.cudnn.allow_tf32 if is_cuda else None,
-            "resize": "none",
+            "fidelity": Psnr().fingerprint()["library"],
             "device": module.device.type,
             "num_threads": None if is_cuda else torch.get_num_threads(),
-            "quality": measures_quality,
         }
-        if self.control is not None:
-            self.fingerprint_parts["control"] = self.control.fingerprint()
+        self.fingerprint_parts = {"resize": "none", **common, **self.score.fingerprint(), "quality": measures_quality}
         self.fingerprint = digest(self.fingerprint_parts)
+        self.further_parts = {m.name: {**common, **m.fingerprint()} for m in self.further}
+        self.further_fingerprints = {name: digest(parts) for name, parts in self.further_parts.items()}
 
     def images(self, candidate: Candidate) -> Iterator[Tensor]:
         """Images of a candidate, one micro-batch after the other; they stay on the device."""
@@ -168,28 +171,6 @@ class Objective:
     def _images(self, candidate: Candidate, protocol: Protocol) -> Iterator[Tensor]:
         for indices in protocol.micro_batches():
             yield self.module.images(candidate, indices, protocol.seed)
-
-    @property
-    def score_name(self) -> str:
-        """Name of the metric that candidates are ranked by."""
-        return self.metric.name if self.control is None else f"{self.metric.name}_controlled"
-
-    def score(self, trial: Trial) -> float:
-        """What a trial is ranked by, lower is better; infinite if it failed."""
-        return trial.score(self.score_name)
-
-    @cached_property
-    def _control_features(self) -> Tensor:
-        assert self.control is not None
-        return self.control.features(self.protocol)
-
-    def interval(self, candidate: Candidate, num_resamples: int) -> tuple[float, float]:
-        """Bootstrap interval of a candidate's score over images, 95 %."""
-        images = self.protocol.wanted(self.images(candidate))
-        if self.control is None:
-            return self.metric.interval(images, num_resamples, self.protocol.seed)
-        variate = self.control.variate
-        return variate.interval(variate.features(images), self._control_features, num_resamples, self.protocol.seed)
 
     def covers(self, trial: Trial) -> bool:
         """Whether a trial was scored by this protocol and with these quantizers."""
@@ -214,10 +195,10 @@ class Objective:
             images: Makes the images instead of ``self.images``; must make the same ones.
         """
         known = self.trials.find(candidate, self.fingerprint, self.state)
-        if known is not None:
+        if known is not None and self._has_further(known):
             return known
         earlier = self.trials.find_elsewhere(candidate, self.fingerprint, self.state)
-        if earlier is not None:
+        if earlier is not None and self._has_further(earlier):
             index = self.trials.num_lines
             trial = replace(earlier, index=index, phase=phase, name=name, generation=generation)
         else:
@@ -226,11 +207,17 @@ class Objective:
         self._on_trial(trial)
         return trial
 
+    def _has_further(self, trial: Trial) -> bool:
+        """Whether a trial was measured by these further metrics too."""
+        return self.further_fingerprints.items() <= (trial.further or {}).items()
+
     def _trial(
         self, candidate: Candidate, phase: str, name: str | None, generation: int | None, images: MicroBatches
     ) -> Trial:
         """Measure a candidate."""
-        metrics, intervals, error = self._measure(candidate, images)
+        metrics, intervals, problems = self._measure(candidate, images)
+        judged = (self.score.name,) if self.measures_quality else PROXIES
+        missing = {name: problems[name] for name in self.further_fingerprints if name in problems}
         return Trial(
             index=self.trials.num_lines,
             phase=phase,
@@ -246,50 +233,144 @@ class Objective:
             seed=self.protocol.seed,
             fingerprint=self.fingerprint,
             state=self.state,
-            error=error,
+            error=next((problems[name] for name in judged if name in problems), None),
             intervals=intervals,
+            further=self.further_fingerprints or None,
+            missing=missing or None,
         )
 
     def _measure(
         self, candidate: Candidate, images: MicroBatches
-    ) -> tuple[dict[str, float], dict[str, list[float]] | None, str | None]:
-        """Metrics, their intervals, and why the quality could not be had."""
-        batches = list(self.protocol.wanted(images(candidate)))
-        made = torch.cat(batches)
-        quality = {self.metric.name: math.nan} if self.measures_quality else {}
-        if not made.isfinite().all():
-            return quality | dict.fromkeys(PROXIES, math.nan), None, "images held NaN or infinity"
-        reference = self._reference_images(candidate, made)
-        paired = made[: len(reference)]
-        metrics = quality | {
-            "psnr_db": mean_psnr_db(paired, reference),
-            "feature_mse": self.metric.paired(paired, reference),
-        }
-        if not self.measures_quality:
-            return metrics, None, None
-        try:
-            value = self.metric(batches)
-        except (ValueError, LinAlgError) as error:  # features too degenerate for the metric: this candidate's fault
-            return metrics, None, f"{self.metric.name}: {error}"
-        if not math.isfinite(value):
-            return metrics, None, f"{self.metric.name} was {value}"
-        metrics[self.metric.name] = value
-        if self.control is not None:
-            variate = self.control.variate
-            metrics[self.score_name] = variate.distance(variate.features(batches), self._control_features)
-        if not self.bootstrap:
-            return metrics, None, None
-        interval = self.metric.interval(batches, self.bootstrap, self.protocol.seed)
-        return metrics, {self.metric.name: list(interval)}, None
+    ) -> tuple[dict[str, float], dict[str, list[float]] | None, dict[str, str]]:
+        """Metrics, their intervals, and why a metric could not be had."""
+        started = self._started(bool(self.bootstrap))
+        problems: dict[str, str] = {}
+        for batch in self._batches(candidate, images):
+            if batch is None:
+                return dict.fromkeys(started, math.nan), None, dict.fromkeys(started, "images held NaN or infinity")
+            for name, measurement in started.items():
+                if name not in problems:
+                    with _noting(problems, name):
+                        measurement.update(batch)
+        metrics = dict.fromkeys(started, math.nan)
+        for name, measurement in started.items():
+            if name not in problems:
+                with _noting(problems, name):
+                    metrics[name] = measurement.value()
+            perfect = math.inf if higher_is_better(name) else None  # a ratio to an error of zero
+            if name not in problems and not math.isfinite(metrics[name]) and metrics[name] != perfect:
+                problems[name] = f"{name} was {metrics[name]}"
+        main = self.metric.name
+        if not self.bootstrap or not self.measures_quality or main in problems:
+            return metrics, None, problems
+        interval = started[main].interval(self.bootstrap, self.protocol.seed)
+        return metrics, None if interval is None else {main: list(interval)}, problems
 
-    def _reference_images(self, candidate: Candidate, made: Tensor) -> Tensor:
-        """The float reference's images of the same seeds as the first of these."""
-        protocol = self.protocol.paired()
-        if candidate == self.reference_candidate:
-            self._reference = made[: protocol.num_images]
-        elif self._reference is None:
-            self._reference = torch.cat(list(protocol.wanted(self._images(self.reference_candidate, protocol))))
-        return self._reference.to(made.device)
+    def _started(self, resampled: bool) -> dict[str, Measurement]:
+        """Every metric of a trial, begun: the quality's first."""
+        cheap: list[Metric] = [Psnr()]
+        if self.metric.network is not None:
+            cheap.append(FeatureError(self.metric.network))
+        started = {}
+        if self.measures_quality:
+            started = {m.name: m.start(resampled=resampled) for m in (self.metric, self.score)}
+        for metric in (*cheap, *self.further):
+            started.setdefault(metric.name, metric.start())
+        return started
+
+    def _batches(self, candidate: Candidate, images: MicroBatches) -> Iterator[Batch | None]:
+        """Micro-batches with what metrics compare them with; None in place of one that is not finite."""
+        is_reference = candidate == self.reference_candidate
+        reference = _Made.empty() if is_reference else self._reference_made()
+        num_paired, done = self.protocol.paired().num_images, 0
+        for made in self._made(candidate, self.protocol, images):
+            if not made.images.isfinite().all():
+                yield None
+                return
+            if is_reference:
+                reference = reference.joined(made[: max(0, num_paired - done)])
+            count = len(made.images)
+            paired = reference[done : done + count]
+            yield Batch(
+                made.images,
+                paired.images,
+                self._prompts(done, count),
+                made.latents,
+                paired.latents,
+                self._reference_memos.setdefault((done, count), {}),
+            )
+            done += count
+        if is_reference:
+            self._reference = reference
+
+    def _made(self, candidate: Candidate, protocol: Protocol, images: MicroBatches | None = None) -> Iterator[_Made]:
+        """Micro-batches of a candidate; with latents where a metric reads them, and then made here in any case."""
+        if not self._needs_latents:
+            parts = self._images(candidate, protocol) if images is None else images(candidate)
+            yield from (_Made(part) for part in protocol.wanted(parts))
+            return
+        missing = protocol.num_images
+        for indices in protocol.micro_batches():
+            latents = self.module.latents(candidate, indices, protocol.seed)
+            with torch.inference_mode():
+                made = self.module.task.decode(latents)
+            yield _Made(made, latents)[:missing]
+            missing -= len(indices)
+
+    def _prompts(self, first: int, count: int) -> tuple[str, ...] | None:
+        conditions = self.module.task.conditions
+        return conditions.of_images(range(first, first + count)) if isinstance(conditions, Prompts) else None
+
+    def _reference_made(self) -> _Made:
+        """The float reference's images of the first of these seeds."""
+        if self._reference is None:
+            found = _Made.empty()
+            for part in self._made(self.reference_candidate, self.protocol.paired()):
+                found = found.joined(part)
+            self._reference = found
+        return self._reference
+
+    def interval(self, candidate: Candidate, num_resamples: int) -> list[float] | None:
+        """Bootstrap interval of a candidate's score over images, 95 %; None where the metric has none."""
+        measurement = self.score.start(resampled=True)
+        for batch in self._batches(candidate, self.images):
+            if batch is None:
+                return None
+            measurement.update(batch)
+        interval = measurement.interval(num_resamples, self.protocol.seed)
+        return None if interval is None else list(interval)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Images with their latents, where a metric reads them."""
+
+    images: Tensor
+    latents: Tensor | None = None
+
+    @classmethod
+    def empty(cls) -> _Made:
+        return cls(torch.empty(0))
+
+    def __getitem__(self, part: slice) -> _Made:
+        return _Made(self.images[part], None if self.latents is None else self.latents[part])
+
+    def joined(self, other: _Made) -> _Made:
+        """These and others behind them."""
+        if not len(self.images):
+            return other
+        if self.latents is None or other.latents is None:
+            return _Made(torch.cat([self.images, other.images]))
+        return _Made(torch.cat([self.images, other.images]), torch.cat([self.latents, other.latents]))
+
+
+@contextmanager
+def _noting(problems: dict[str, str], name: str) -> Iterator[None]:
+    """Note why a metric broke down: features too degenerate for it are this candidate's fault."""
+    try:
+        yield
+    except (ValueError, LinAlgError) as error:
+        problems[name] = f"{name}: {error}"
 
 
 def label(candidate: Candidate, weighted: Sequence[bool]) -> dict[str, float | str]:

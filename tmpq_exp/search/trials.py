@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tmpq_exp.config import UserError
+from tmpq_exp.metrics.names import loss
 from tmpq_exp.quant.allocation import Candidate
 
 
@@ -41,6 +42,8 @@ class Trial:
         error: Why the evaluation failed, if it did.
         intervals: Metric -> 95 % bootstrap interval over images, where it was asked for.
         source: Run directory whose trial this one repeats.
+        further: Further metric -> its own fingerprint, where such were measured.
+        missing: Further metric -> why it could not be had.
     """
 
     index: int
@@ -60,11 +63,12 @@ class Trial:
     error: str | None = None
     intervals: dict[str, list[float]] | None = None
     source: str | None = None
+    further: dict[str, str] | None = None
+    missing: dict[str, str] | None = None
 
     def score(self, metric: str) -> float:
-        """Value of a metric where lower is better; infinite for a failed trial."""
-        value = self.metrics.get(metric)
-        return math.inf if value is None else value
+        """Value of a metric as a search minimises it: negated where higher is better; infinite for a failed trial."""
+        return loss(metric, self.metrics.get(metric))
 
 
 class TrialLog:
@@ -140,7 +144,7 @@ class TrialLog:
 
     def _remember(self, trial: Trial) -> None:
         self.trials.append(trial)
-        self._by_key.setdefault(_identity(trial), trial)
+        self._by_key[_identity(trial)] = trial  # a later one has further metrics
 
     def find(self, candidate: Candidate, fingerprint: str, state: str) -> Trial | None:
         """The trial of this candidate under this protocol and with these quantizers, if there is one here."""

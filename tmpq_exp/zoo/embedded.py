@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tmpq_exp.diffusion.sampler import DDIM
 from tmpq_exp.diffusion.schedule import linear_alphas_cumprod
+from tmpq_exp.zoo.conditioning import ClassLabels
 from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel
 from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, Recipe
 from tmpq_exp.zoo.weights import load_weights
@@ -63,9 +65,8 @@ class EmbeddedDDPM(TrainableDiffusionModel):
             name=self.name,
             unet=network,
             sample_shape=self.sample_shape,
-            alphas_cumprod=self.alphas_cumprod(),
-            num_classes=len(self.class_names),
-            clip_sample=self.clip_sample,
+            sampler=DDIM(self.alphas_cumprod(), clip_sample=self.clip_sample),
+            conditions=ClassLabels(len(self.class_names)),
         )
 
     def training_module(self) -> DiffusionTraining:

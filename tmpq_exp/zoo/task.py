@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,34 +13,51 @@ import torch
 from torch import Tensor, nn
 
 from tmpq_exp.cost import LayerShape
-from tmpq_exp.diffusion.sampler import ddim_sample, initial_noise
+from tmpq_exp.diffusion.sampler import Sampler, initial_noise, sample
+from tmpq_exp.diffusion.schedule import TimestepSpacing
 from tmpq_exp.trace import trace_layers
+from tmpq_exp.zoo.conditioning import Conditioning, Unconditional
+from tmpq_exp.zoo.decoding import Decoder, Pixels
 from tmpq_exp.zoo.weights import content_hash
 
 if TYPE_CHECKING:
     from tmpq_exp.zoo.training import TrainingModule  # Lightning takes seconds to import, and costs need none
+
+OnCall = Callable[[Tensor, int, dict[str, Tensor]], None]
+"""Sees ``(x, timestep, conditioning)`` of a network call: all images of the call at the network's own timestep."""
 
 
 @dataclass(frozen=True)
 class DiffusionTask:
     """A float diffusion model ready to sample.
 
+    With guidance every step makes one call with twice the images: first those without condition, then those with it;
+    its prediction is ``without + scale * (with - without)``.
+
     Args:
         name: Name of the model.
-        unet: Noise predictor in eval mode, called as ``unet(x, timestep, **conditioning)``; it returns an object
-            with the prediction in ``.sample``, as diffusers U-Nets do.
+        unet: Network in eval mode, called as ``unet(x, timestep, **conditioning)``; it returns an object with the
+            prediction in ``.sample``, as diffusers U-Nets do.
         sample_shape: ``(C, H, W)`` of one state.
-        alphas_cumprod: ``(num_train_timesteps,)``, float64.
-        num_classes: Number of class labels; image i is of class ``i % num_classes``. None: unconditional.
-        clip_sample: Whether the sampler clips x_0 to [-1, 1].
+        sampler: Schedule, what the network predicts, and the steps.
+        conditions: What the network is told about each image.
+        guidance_scale: Scale of classifier-free guidance; 1 is without, and then there is no call without condition.
+        decoder: Turns clean states into images.
+        spacing: How kept timesteps are laid where none are searched.
+
+    References:
+        Ho, Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598, equation 6, with the scale counted from 1
+        as in Saharia et al., "Imagen", and diffusers.
     """
 
     name: str
     unet: nn.Module
     sample_shape: tuple[int, int, int]
-    alphas_cumprod: Tensor
-    num_classes: int | None
-    clip_sample: bool
+    sampler: Sampler
+    conditions: Conditioning = field(default_factory=Unconditional)
+    guidance_scale: float = 1.0
+    decoder: Decoder = field(default_factory=Pixels)
+    spacing: TimestepSpacing = TimestepSpacing.QUADRATIC
 
     @cached_property
     def weights_hash(self) -> str:
@@ -50,20 +67,42 @@ class DiffusionTask:
     @property
     def num_train_timesteps(self) -> int:
         """Length of the training schedule."""
-        return len(self.alphas_cumprod)
+        return self.sampler.num_train_timesteps
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of an image."""
+        return self.decoder.image_shape(self.sample_shape)
+
+    @property
+    def calls_per_step(self) -> int:
+        """Images that pass through the network at every step for one: 2 with guidance."""
+        return 1 if self.guidance_scale == 1 else 2
+
+    @cached_property
+    def state_fingerprint(self) -> dict[str, Any]:
+        """What states depend on besides kept timesteps and seed, as plain data."""
+        return {
+            "weights": self.weights_hash,
+            "schedule": content_hash({"schedule": self.sampler.schedule}),
+            "sampler": self.sampler.description,
+            "shape": list(self.sample_shape),
+            "conditions": self.conditions.fingerprint(),
+            "guidance_scale": float(self.guidance_scale),
+        }
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What images depend on besides kept timesteps and seed, as plain data."""
+        return self.state_fingerprint | {"decoder": self.decoder.fingerprint()}
 
     def conditioning(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
-        """Keyword arguments of the U-Net for these images."""
-        if self.num_classes is None:
-            return {}
-        return {"class_labels": torch.tensor([int(i) % self.num_classes for i in image_indices])}
+        """Keyword arguments of the U-Net for these images, without guidance; on the CPU."""
+        return self.conditions.inputs(image_indices)
 
     def probe(self, unet: nn.Module) -> Any:
         """One call of a network like ``unet`` with one image of zeros, to look at its layers."""
-        device = next(unet.parameters()).device
-        conditioning = {key: value.to(device) for key, value in self.conditioning([0]).items()}
-        x = torch.zeros(1, *self.sample_shape, device=device)
-        return unet(x, torch.zeros(1, dtype=torch.long, device=device), **conditioning)
+        return probe(unet, self.sample_shape, self.conditioning([0]))
 
     def sample(
         self,
@@ -73,9 +112,29 @@ class DiffusionTask:
         seed: int,
         *,
         activate: Callable[[int], AbstractContextManager[None]] | None = None,
-        on_state: Callable[[Tensor, int], None] | None = None,
+        on_call: OnCall | None = None,
     ) -> Tensor:
         """Images of the stream ``seed``, made by ``unet`` over the kept timesteps, as one micro-batch.
+
+        Args:
+            unet, image_indices, timesteps, seed, activate, on_call: See ``latents``.
+
+        Returns:
+            Float images in [0, 1], ``(N, C, H, W)``; NaN where the image was not finite.
+        """
+        return self.decode(self.latents(unet, image_indices, timesteps, seed, activate=activate, on_call=on_call))
+
+    def latents(
+        self,
+        unet: nn.Module,
+        image_indices: Sequence[int],
+        timesteps: Sequence[int],
+        seed: int,
+        *,
+        activate: Callable[[int], AbstractContextManager[None]] | None = None,
+        on_call: OnCall | None = None,
+    ) -> Tensor:
+        """Clean states of the stream ``seed`` before they are decoded; for pixel models the images in [-1, 1].
 
         Args:
             unet: The float network or a quantized stand-in; its device is where sampling runs.
@@ -84,35 +143,48 @@ class DiffusionTask:
             seed: Seed of the image stream.
             activate: ``step_index -> context manager`` in which that step's prediction runs; a supernet switches
                 its subnet here.
-            on_state: See ``ddim_sample``.
+            on_call: Sees what the network is called with, before each call.
 
         Returns:
-            Float images in [0, 1], ``(N, C, H, W)``; NaN where the state was not finite.
+            ``(N, C, H, W)``.
         """
         device = next(unet.parameters()).device
         noise = initial_noise(self.sample_shape, image_indices, seed).to(device)
-        conditioning = {key: value.to(device) for key, value in self.conditioning(image_indices).items()}
+        conditioning = {key: value.to(device) for key, value in self._call_inputs(image_indices).items()}
 
-        def predict_noise(x: Tensor, timestep: int, step_index: int) -> Tensor:
+        def predict(x: Tensor, timestep: int, step_index: int) -> Tensor:
+            seen = x if self.calls_per_step == 1 else torch.cat([x, x])
+            if on_call is not None:
+                on_call(seen, timestep, conditioning)
             with nullcontext() if activate is None else activate(step_index):
-                prediction: Any = unet(x, torch.full((len(x),), timestep, device=device), **conditioning)
-            return prediction.sample  # type: ignore[no-any-return]
+                called: Any = unet(seen, torch.full((len(seen),), timestep, device=device), **conditioning)
+            return self.guided(called.sample)
 
-        x0 = ddim_sample(
-            predict_noise,
-            noise.contiguous(memory_format=torch.channels_last),
-            timesteps,
-            self.alphas_cumprod,
-            clip_sample=self.clip_sample,
-            on_state=on_state,
-        )
-        return (x0 / 2 + 0.5).clamp(0, 1).masked_fill_(~x0.isfinite(), float("nan"))
+        return sample(self.sampler, predict, noise.contiguous(memory_format=torch.channels_last), timesteps)
+
+    def guided(self, prediction: Tensor) -> Tensor:
+        """Prediction of one call -> prediction that is followed, ``(N, C, H, W)``; the same without guidance."""
+        if self.calls_per_step == 1:
+            return prediction
+        without, with_condition = prediction.chunk(2)
+        return without + self.guidance_scale * (with_condition - without)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Clean states -> images in [0, 1]; NaN where the image was not finite."""
+        images = self.decoder(x0)
+        return (images / 2 + 0.5).clamp(0, 1).masked_fill_(~images.isfinite(), float("nan"))
+
+    def _call_inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
+        """Keyword arguments of one call of the U-Net for these images, those without condition first."""
+        inputs = self.conditioning(image_indices)
+        if self.calls_per_step == 1:
+            return inputs
+        null = self.conditions.null_inputs(len(image_indices))
+        return {key: torch.cat([null[key], value]) for key, value in inputs.items()}
 
 
-def unet_layers(
-    unet: nn.Module, sample_shape: Sequence[int], conditioning: Mapping[str, Tensor]
-) -> tuple[LayerShape, ...]:
-    """Layers of a noise predictor in the order of every allocation, read off one call for one image.
+def probe(unet: nn.Module, sample_shape: Sequence[int], conditioning: Mapping[str, Tensor]) -> Any:
+    """One call of a noise predictor with one image of zeros.
 
     Args:
         unet: Called as ``unet(x, timestep, **conditioning)``; it may lie on the meta device.
@@ -120,13 +192,16 @@ def unet_layers(
         conditioning: Of one image, on any device.
     """
     device = next(unet.parameters()).device
+    inputs = {key: value.to(device) for key, value in conditioning.items()}
+    x = torch.zeros(1, *sample_shape, device=device)
+    return unet(x, torch.zeros(1, dtype=torch.long, device=device), **inputs)
 
-    def run_forward(network: nn.Module) -> Any:
-        inputs = {key: value.to(device) for key, value in conditioning.items()}
-        x = torch.zeros(1, *sample_shape, device=device)
-        return network(x, torch.zeros(1, dtype=torch.long, device=device), **inputs)
 
-    return trace_layers(unet, run_forward)
+def unet_layers(
+    unet: nn.Module, sample_shape: Sequence[int], conditioning: Mapping[str, Tensor]
+) -> tuple[LayerShape, ...]:
+    """Layers of a noise predictor in the order of every allocation, read off one ``probe``."""
+    return trace_layers(unet, lambda network: probe(network, sample_shape, conditioning))
 
 
 def task_layers(task: DiffusionTask) -> tuple[LayerShape, ...]:
