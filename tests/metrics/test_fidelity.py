@@ -100,6 +100,11 @@ def test_batches_measure_as_all_at_once(cuts: list[int], num_paired: int) -> Non
         assert metric.fingerprint()["metric"] == metric.name
 
 
+def test_images_alone_are_not_enough() -> None:
+    with pytest.raises(ValueError, match="ssim measures images beside their reference, not alone"):
+        Ssim()([natural_images(2, 8, 0)])
+
+
 def test_interval_of_a_mean() -> None:
     measurement = Psnr().start()
     noise = torch.linspace(0.01, 0.1, 50).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)

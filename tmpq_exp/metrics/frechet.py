@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, Place
 from tmpq_exp.metrics.reference import ReferenceFolder, extractor_hash, open_reference
@@ -211,6 +211,50 @@ class _Resampled(_Summed):
         """Blocks whose sums fit into the memory for them: an image each where there are few."""
         fitting = BLOCK_BYTES // (8 * num_features**2)
         return min(num_images, max(20, min(MAX_BLOCKS, fitting)))
+
+
+class _ModuleFeatures(nn.Module):
+    """A module that maps images in [0, 1] to features by its forward, as a feature network."""
+
+    def __init__(self, module: nn.Module, num_features: int) -> None:
+        super().__init__()
+        self.module, self.num_features = module, num_features
+
+    def features(self, images: Tensor) -> Tensor:
+        """See ``FeatureNetwork.features``."""
+        features: Tensor = self.module(images).flatten(1)
+        return features
+
+
+def feature_frechet(
+    name: str,
+    network: nn.Module,
+    reference: str | None = None,
+    num_features: int | None = None,
+    image_shape: Sequence[int] | None = None,
+) -> FrechetMetric:
+    """Frechet distance on any feature module, for a ``_target_`` of one's own.
+
+    Args:
+        name: Named after the network; not ``fid`` or ``sfid``, which mean InceptionV3.
+        network: Maps images in [0, 1] to features, by its method ``features`` or else by its forward; it is set to
+            eval mode.
+        reference: Folder of images, or statistics as ``.npz`` (``mu``, ``sigma``) or safetensors.
+        num_features: Features of an image; None takes the network's attribute of that name.
+        image_shape: ``(C, H, W)`` of the images it takes; None takes any.
+
+    Raises:
+        ValueError: If the name is taken, the number of features is unknown, or the reference does not fit.
+    """
+    if name.startswith(("fid", "sfid")):
+        raise ValueError(f"name must be that of the feature network; fid and sfid mean InceptionV3, found {name!r}")
+    count = getattr(network, "num_features", None) if num_features is None else num_features
+    if not isinstance(count, int):
+        raise ValueError(f"num_features must be given for {type(network).__name__}, which has no such attribute")
+    extractor: Any = network.eval() if hasattr(network, "features") else _ModuleFeatures(network.eval(), count)
+    shape = None if image_shape is None else (image_shape[0], image_shape[1], image_shape[2])
+    found = open_reference(name, reference, count, image_shape=shape)
+    return FrechetMetric(name, extractor, found, shape, library=type(network).__module__)
 
 
 def digits_frechet(checkpoint: str | None = None, reference: str | None = None) -> FrechetMetric:

@@ -168,7 +168,13 @@ class Metric(ABC):
         """What its figures depend on besides the images, as plain data."""
 
     def __call__(self, batches: Iterable[Tensor]) -> float:
-        """The figure of images in [0, 1], given in batches of ``(N, C, H, W)``."""
+        """The figure of images in [0, 1], given in batches of ``(N, C, H, W)``.
+
+        Raises:
+            ValueError: If the metric needs more than images.
+        """
+        if self.needs:
+            raise ValueError(f"{self.name} measures images beside their {' and '.join(sorted(self.needs))}, not alone")
         measurement = self.start()
         for images in batches:
             measurement.update(Batch(images))
