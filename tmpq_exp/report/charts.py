@@ -136,7 +136,7 @@ def multiplications_chart(view: SearchView) -> dict[str, Any] | None:
     def mark(point: Point) -> dict[str, Any]:
         multiplications = point.multiplications / 1e9
         title = f"{_title(point, view.metric)}, {multiplications:,.3f} G multiplications"
-        return {"x": x.at(multiplications), "y": y.at(point.value), "title": title}
+        return {"x": x.at(multiplications), "y": y.at(point.value), "title": title, "trial": point.index}
 
     best = view.best if view.best is not None and view.best.multiplications else None
     return {
@@ -173,7 +173,8 @@ def frame(x: Axis, y: Axis) -> dict[str, Any]:
 
 
 def _mark(point: Point, x: Axis, y: Axis, metric: str) -> dict[str, Any]:
-    return {"x": x.at(point.bitops / 1e9), "y": y.at(point.value), "title": _title(point, metric)}
+    x_at, y_at = x.at(point.bitops / 1e9), y.at(point.value)
+    return {"x": x_at, "y": y_at, "title": _title(point, metric), "trial": point.index}
 
 
 def _title(point: Point, metric: str) -> str:
@@ -185,7 +186,7 @@ def _named_lines(points: Sequence[Point], y: Axis, metric: str) -> list[dict[str
     ats = [y.at(point.value) for point in points]
     return [
         {"at": at, "text_at": round(text_at + 4, 1), "text": point.label, "title": _title(point, metric),
-         "kind": "float" if point.is_float else "uniform"}
+         "kind": "float" if point.is_float else "uniform", "trial": point.index}
         for point, at, text_at in zip(points, ats, spread(ats, 14.0), strict=True)
     ]  # fmt: skip
 
