@@ -125,6 +125,8 @@ ORDER = (
     "train",
     "pricing",
     "states",
+    "unet_calls",
+    "forecast",
     "pipeline",
     "classification",
     "classify",

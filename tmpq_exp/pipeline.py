@@ -12,6 +12,7 @@ from rich.console import Console
 from tmpq_exp.calibrating import calibrate
 from tmpq_exp.config import Config
 from tmpq_exp.experiment import Experiment, prepare
+from tmpq_exp.forecast import say_forecast
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.recipe import apply_recipe, write_recipe
@@ -44,6 +45,7 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
 
         tracker: Tracker = NullTracker()
         experiment = prepare(config, directory, trials, on_trial=lambda trial: tracker.log_trial(asdict(trial)))
+        say_forecast(experiment)
         job = Job.of_directory(directory.path, "run", resolved)
         tracker = open_tracker(config.logger, job, map(asdict, trials.trials))
         with finishing(tracker):

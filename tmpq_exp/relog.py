@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from tmpq_exp.config import Config, LoggerConfig, UserError
@@ -41,7 +40,6 @@ def log_runs(config: Config, resolved: dict[str, Any]) -> None:
         for warning in run.warnings:
             print(f"warning: {run.directory.path}: {warning}", file=sys.stderr)
         log_run(run, config.logger)
-    _remove_if_empty(Path(config.paths.run_dir))
 
 
 def log_run(run: PastRun, settings: LoggerConfig) -> None:
@@ -61,9 +59,3 @@ def log_run(run: PastRun, settings: LoggerConfig) -> None:
     state = "finished" if run.report is not None else "not finished"
     print(f"logged  {run.directory.path}: {len(run.trials)} trials, {state}")
     say_notice(tracker)
-
-
-def _remove_if_empty(directory: Path) -> None:
-    """The job's own directory, where Hydra made one that nothing was written into."""
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()

@@ -77,7 +77,7 @@ def trials_chart(view: SearchView) -> dict[str, Any]:
     return {
         **frame(x, y),
         "candidates": [_mark(p, x, y, view.metric) | {"on_front": p.index in front} for p in view.searched],
-        "front": _stairs([(x.at(p.bitops / 1e9), y.at(p.value)) for p in view.front]),
+        "front": stairs([(x.at(p.bitops / 1e9), y.at(p.value)) for p in view.front]),
         "uniform": [_mark(p, x, y, view.metric) | {"name": p.label} for p in uniform],
         "lines": _named_lines(lines, y, view.metric),
         "budget": None if view.budget_bitops is None else x.at(view.budget_bitops / 1e9),
@@ -107,8 +107,8 @@ def progress_chart(view: SearchView, random: Sequence[float | None] = ()) -> dic
             _mark(point, x, y, view.metric) | {"x": x.at(i), "on_front": False}
             for i, point in enumerate(view.searched, 1)
         ],
-        "line": _stairs(steps),
-        "random": _stairs([(x.at(i), y.at(value)) for i, value in beside.items()]),
+        "line": stairs(steps),
+        "random": stairs([(x.at(i), y.at(value)) for i, value in beside.items()]),
         "last": {"x": steps[-1][0], "y": steps[-1][1], "text": f"{known[-1]:.4g}"} if steps else None,
     }
 
@@ -191,7 +191,7 @@ def _named_lines(points: Sequence[Point], y: Axis, metric: str) -> list[dict[str
     ]  # fmt: skip
 
 
-def _stairs(points: Sequence[tuple[float, float]]) -> str:
+def stairs(points: Sequence[tuple[float, float]]) -> str:
     """Path of an SVG that goes right before it goes up or down."""
     if not points:
         return ""

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from tmpq_exp.files import replace_file
-from tmpq_exp.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, frame
+from tmpq_exp.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, frame, stairs
 from tmpq_exp.report.comparison import (
     ComparedRun,
     Group,
@@ -26,12 +26,13 @@ from tmpq_exp.report.comparison import (
 from tmpq_exp.report.content import find_baseline, higher_is_better, mean_bits, number, plain, saving_factor
 from tmpq_exp.report.page import template
 from tmpq_exp.report.pictures import is_log_scale
+from tmpq_exp.report.points import spread
 
 NUM_COLOURS = 8
 """Colours of the lines; beyond them they come again, dashed."""
 
 MAX_LABEL = 60
-"""Characters of a run's name in the page; the whole one is behind its title."""
+"""Most characters of settings as a label."""
 
 
 def comparison_html(path: str | os.PathLike[str], runs: Sequence[ComparedRun]) -> None:
@@ -79,9 +80,22 @@ def comparison_tables(runs: Sequence[ComparedRun]) -> list[Table]:
     return tables
 
 
-def run_label(run: ComparedRun) -> str:
-    """What tells a run from the others: its settings that differ, in short; its name where there are none."""
-    settings = ", ".join(f"{key}={value}" for key, value in run.settings.items() if not key.startswith("search._"))
+def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
+    """What tells each run from the others.
+
+    Jobs of a sweep are named by their overrides: those that all of them share are left out. Other runs are told by
+    their settings that differ, where these are few, or else by the names of their directories.
+    """
+    jobs = [run.name.partition("_")[2].split(",") for run in runs if "=" in run.name]
+    shared = set(jobs[0]).intersection(*jobs[1:]) if len(jobs) > 1 else set()
+    return [_label(run, shared) for run in runs]
+
+
+def _label(run: ComparedRun, shared: set[str]) -> str:
+    if "=" in run.name:
+        own = [override for override in run.name.partition("_")[2].split(",") if override not in shared]
+        return ", ".join(own) or run.name
+    settings = ", ".join(f"{key}={value}" for key, value in run.settings.items())
     return settings if 0 < len(settings) <= MAX_LABEL else run.name
 
 
@@ -108,7 +122,7 @@ def _rows(group: Group, home: Path) -> list[dict[str, Any]]:
     sign = -1.0 if higher_is_better(group.metric) else 1.0
     values = [report["best"]["metrics"][group.metric] for report in group.reports]
     known = [sign * value for value in values if value is not None]
-    rows = []
+    rows, labels = [], run_labels(group.runs)
     for index, (run, report) in enumerate(zip(group.runs, group.reports, strict=True)):
         best, page = report["best"], run.directory / "report.html"
         interval = best["intervals"].get(group.metric)
@@ -117,7 +131,7 @@ def _rows(group: Group, home: Path) -> list[dict[str, Any]]:
                 "number": index + 1,
                 "colour": index % NUM_COLOURS,
                 "dashed": index >= NUM_COLOURS,
-                "label": run_label(run),
+                "label": labels[index],
                 "name": run.name,
                 "link": quote(os.path.relpath(page.resolve(), home)) if page.exists() else None,
                 "settings": run.settings,
@@ -155,7 +169,8 @@ def quality_chart(group: Group, rows: Sequence[dict[str, Any]]) -> dict[str, Any
     if not marks:
         return None
     values = [value for *_, value in marks]
-    x = Axis.around([cost for _, _, cost, _ in marks], LEFT, RIGHT)
+    costs = [cost for _, _, cost, _ in marks]
+    x = Axis.around([min(0.9 * max(costs), *costs), max(costs)], LEFT, RIGHT)  # equal budgets must not look far apart
     y = Axis.around(values, BOTTOM, TOP, is_log=is_log_scale(values))
     names = {"best": "best found", "uniform": "W6A6"}
     return {
@@ -182,14 +197,16 @@ def progress_chart(group: Group, members: Sequence[int], rows: Sequence[dict[str
         return None
     x = Axis.around([1.0, float(max(len(curve) for curve in curves.values()))], LEFT, RIGHT)
     y = Axis.around(values, BOTTOM, TOP, is_log=is_log_scale(values))
+    ends = {index: (x.at(float(points[-1][0])), y.at(points[-1][1])) for index, points in known.items() if points}
+    text_at = dict(zip(ends, spread([at for _, at in ends.values()], 13.0), strict=True))
     return {
         **frame(x, y),
         "lines": [
             {
-                "path": "M" + "L".join(f"{x.at(float(i))} {y.at(value)}" for i, value in points),
+                "path": stairs([(x.at(float(i)), y.at(value)) for i, value in points]),
                 "title": f"{rows[index]['label']}: {points[-1][1]:.4g} after {points[-1][0]} candidates",
                 **{key: rows[index][key] for key in ("colour", "dashed", "number")},
-                "end": (x.at(float(points[-1][0])), y.at(points[-1][1])),
+                "end": (ends[index][0], round(text_at[index] - 3, 1)),
             }
             for index, points in known.items()
             if points
