@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.report.example import BUDGET, make_report, make_trials, render, trial
@@ -16,6 +16,7 @@ from tmpq_exp.report.charts import Axis
 from tmpq_exp.report.points import Point, pareto_front, spread
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), max_size=40), st.sampled_from(["fd_digits", "psnr_db"])
 )
