@@ -55,9 +55,10 @@ class Quantizer(nn.Module):
         return self.bit_choices.index(bits)
 
     def calibrated_choice(self, bits: int) -> int:
-        """``choice``, after a look at whether its parameters were ever set."""
+        """``choice``, after a look at whether its parameters were ever set; the meta device has nothing to look at."""
         index = self.choice(bits)
-        assert not self.zero_point[index].isnan().any(), f"{type(self).__name__} used before calibration"
+        zero_point = self.zero_point[index]
+        assert zero_point.is_meta or not zero_point.isnan().any(), f"{type(self).__name__} used before calibration"
         return index
 
     @torch.no_grad()
@@ -255,7 +256,8 @@ class ActQuantizer(Quantizer):
         """Integer range with the zero point taken off: numbers where all activations share one, else tensors."""
         zero_point = self.zero_point[self.calibrated_choice(bits)]
         quant_min, quant_max = integer_range(bits, self.config.symmetric)
-        shift = float(zero_point) if self.num_rows == 1 else self.per_activation(zero_point, x)
+        is_number = self.num_rows == 1 and not zero_point.is_meta
+        shift = float(zero_point) if is_number else self.per_activation(zero_point, x)
         return quant_min - shift, quant_max - shift
 
     def _cache_parameters(self, bits: int, x: Tensor) -> tuple[Tensor, Any, Any]:

@@ -21,6 +21,9 @@ NUM_CACHED_PROMPTS = 1024
 class Conditioning(ABC):
     """Keyword arguments of a U-Net for images of a stream; image i gets the same in any batch."""
 
+    def follow(self, device: torch.device) -> None:  # noqa: B027 - most have nothing to move
+        """Do what there is to compute on this device from now on."""
+
     @abstractmethod
     def inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
         """For these images, on the CPU; the first axis of every tensor is the image."""
@@ -93,7 +96,7 @@ class Prompts(Conditioning):
 
     Args:
         prompts: At least one.
-        embed: Prompt -> embedding ``(tokens, width)``, on any device.
+        embed: Prompt -> embedding ``(tokens, width)``, on any device; moved by its method ``to`` if it has one.
         encoder: What the embeddings depend on besides the prompt, for fingerprints: a hash of weights and tokenizer.
         negative_prompt: The prompt of no condition, for guidance.
     """
@@ -103,13 +106,22 @@ class Prompts(Conditioning):
     ) -> None:
         if not prompts:
             raise ValueError("prompts must hold at least one prompt, found none")
-        self.prompts, self.negative_prompt, self._encoder = tuple(prompts), negative_prompt, encoder
+        self.prompts, self.negative_prompt = tuple(prompts), negative_prompt
+        self._embed, self._encoder, self._device = embed, encoder, torch.device("cpu")
 
         def embedded(prompt: str) -> Tensor:
             with torch.inference_mode(False), torch.no_grad():  # reconstruction differentiates through its users
                 return embed(prompt).cpu()
 
         self._embedded = lru_cache(NUM_CACHED_PROMPTS)(embedded)
+
+    def follow(self, device: torch.device) -> None:
+        """See ``Conditioning.follow``; embeddings of another device are made anew, because they differ in last bits."""
+        move: Callable[[torch.device], object] | None = getattr(self._embed, "to", None)
+        if move is not None and device != self._device:
+            move(device)
+            self._device = device
+            self._embedded.cache_clear()
 
     def inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
         """See ``Conditioning.inputs``."""

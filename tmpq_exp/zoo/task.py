@@ -150,6 +150,7 @@ class DiffusionTask:
         """
         device = next(unet.parameters()).device
         noise = initial_noise(self.sample_shape, image_indices, seed).to(device)
+        self.conditions.follow(device)
         conditioning = {key: value.to(device) for key, value in self._call_inputs(image_indices).items()}
 
         def predict(x: Tensor, timestep: int, step_index: int) -> Tensor:
