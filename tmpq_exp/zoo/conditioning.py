@@ -70,15 +70,16 @@ class ClassLabels(Conditioning):
 
     def inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
         """See ``Conditioning.inputs``."""
-        return self._of_labels([int(i) % self.num_classes for i in image_indices])
+        return self.of([int(i) % self.num_classes for i in image_indices])
 
     def null_inputs(self, num_images: int) -> dict[str, Tensor]:
         """See ``Conditioning.null_inputs``."""
         if self.null_label is None:
             return super().null_inputs(num_images)
-        return self._of_labels([self.null_label] * num_images)
+        return self.of([self.null_label] * num_images)
 
-    def _of_labels(self, labels: Sequence[int]) -> dict[str, Tensor]:
+    def of(self, labels: Sequence[int]) -> dict[str, Tensor]:
+        """For images of these labels."""
         if self.embeddings is None:
             return {"class_labels": torch.tensor(labels)}
         return {"encoder_hidden_states": self.embeddings[list(labels)]}
@@ -107,7 +108,7 @@ class Prompts(Conditioning):
         if not prompts:
             raise ValueError("prompts must hold at least one prompt, found none")
         self.prompts, self.negative_prompt = tuple(prompts), negative_prompt
-        self._embed, self._encoder, self._device = embed, encoder, torch.device("cpu")
+        self.embed, self._encoder, self._device = embed, encoder, torch.device("cpu")
 
         def embedded(prompt: str) -> Tensor:
             with torch.inference_mode(False), torch.no_grad():  # reconstruction differentiates through its users
@@ -117,7 +118,7 @@ class Prompts(Conditioning):
 
     def follow(self, device: torch.device) -> None:
         """See ``Conditioning.follow``; embeddings of another device are made anew, because they differ in last bits."""
-        move: Callable[[torch.device], object] | None = getattr(self._embed, "to", None)
+        move: Callable[[torch.device], object] | None = getattr(self.embed, "to", None)
         if move is not None and device != self._device:
             move(device)
             self._device = device
@@ -125,13 +126,14 @@ class Prompts(Conditioning):
 
     def inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
         """See ``Conditioning.inputs``."""
-        return self._of([self.prompts[int(i) % len(self.prompts)] for i in image_indices])
+        return self.of([self.prompts[int(i) % len(self.prompts)] for i in image_indices])
 
     def null_inputs(self, num_images: int) -> dict[str, Tensor]:
         """See ``Conditioning.null_inputs``."""
-        return self._of([self.negative_prompt] * num_images)
+        return self.of([self.negative_prompt] * num_images)
 
-    def _of(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def of(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """For images of these prompts."""
         return {"encoder_hidden_states": torch.stack([self._embedded(prompt) for prompt in prompts])}
 
     def fingerprint(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,18 @@ class PipelineFolder:
         if len(tensors) != 1 or next(iter(tensors.values())).dim() != 2:
             raise ValueError(f"{folder} must hold one safetensors file with one matrix (classes + 1, width)")
         return next(iter(tensors.values())).float()
+
+    def copy_parts(self, target: Path) -> None:
+        """Copy all but the U-Net's weights into another folder, which then is a pipeline but for them."""
+        if target.resolve() == self.path.resolve():
+            return
+        shutil.copyfile(self.path / "model_index.json", target / "model_index.json")
+        for part in (name for name in _PARTS if (self.path / name).is_dir()):
+            (target / part).mkdir(exist_ok=True)
+            files = [self.path / "unet" / "config.json"] if part == "unet" else sorted((self.path / part).iterdir())
+            for file in files:
+                if file.is_file():  # also a link, as the hub's cache has them
+                    shutil.copyfile(file, target / part / file.name)
 
     def hash_of(self, part: str) -> str:
         """Content hash of all files of a part, 16 hex digits."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +32,8 @@ class PipelineModel(DiffusionModel, CostedModel):
         sampler: ``ddim``, ``dpm_solver_pp_2m``, or ``rectified_flow`` for networks that were trained as one.
         clip_sample: Whether the predicted x_0 is clipped to [-1, 1]; None asks the pipeline's scheduler.
         guidance_scale: Scale of classifier-free guidance, at least 1; 1 is without.
-        prompts: Text file, UTF-8, one prompt a line, for text-conditional pipelines; image i has prompt i modulo their
-            number.
+        prompts: Text file, UTF-8, one prompt a line, or a list of prompts, for text-conditional pipelines; image i has
+            prompt i modulo their number.
         negative_prompt: Prompt of no condition, for guidance.
         spacing: How kept timesteps are laid where none are searched: ``quadratic``, ``leading`` or ``trailing``.
         architecture: The published architecture, with which ``task=cost`` needs no folder; None reads it from ``path``.
@@ -48,7 +50,7 @@ class PipelineModel(DiffusionModel, CostedModel):
         sampler: str = "ddim",
         clip_sample: bool | None = None,
         guidance_scale: float = 1.0,
-        prompts: str | None = None,
+        prompts: str | Sequence[str] | None = None,
         negative_prompt: str = "",
         spacing: str = "quadratic",
         architecture: BareArchitecture | None = None,
@@ -75,6 +77,10 @@ class PipelineModel(DiffusionModel, CostedModel):
             )
         return open_pipeline(self.path)
 
+    def hub_id(self) -> str | None:
+        """``path`` if it is a hub id; None for a folder."""
+        return self.path if self.path is not None and not Path(self.path).expanduser().exists() else None
+
     def layers(self) -> tuple[LayerShape, ...]:
         """See ``CostedModel.layers``; of the pipeline's own U-Net if ``path`` is given."""
         if self.path is None and self.architecture is not None:
@@ -88,8 +94,22 @@ class PipelineModel(DiffusionModel, CostedModel):
         """See ``CostedModel.diffusers_layers``."""
         return None if self.architecture is None or self.path is not None else self.architecture.diffusers_layers()
 
-    def task(self) -> DiffusionTask:
-        """See ``DiffusionModel.task``."""
+    def settings(self) -> dict[str, Any]:
+        """What makes the same task of the same folder again, as plain data without paths."""
+        return {
+            "sampler": self.sampler.value,
+            "clip_sample": self.clip_sample,
+            "guidance_scale": float(self.guidance_scale),
+            "negative_prompt": self.negative_prompt,
+            "spacing": self.spacing.value,
+        }
+
+    def task(self, network: nn.Module | None = None) -> DiffusionTask:
+        """See ``DiffusionModel.task``.
+
+        Args:
+            network: Stands for the folder's U-Net, which then needs no weights; None takes that.
+        """
         folder = self.folder()
         shape = sample_shape(folder)
         config = folder.config("scheduler", "scheduler_config.json")
@@ -100,13 +120,14 @@ class PipelineModel(DiffusionModel, CostedModel):
             conditions.null_inputs(1)
         return DiffusionTask(
             name=self.name,
-            unet=folder.unet().to(memory_format=torch.channels_last),
+            unet=(network or folder.unet()).to(memory_format=torch.channels_last),
             sample_shape=shape,
             sampler=sampler,
             conditions=conditions,
             guidance_scale=self.guidance_scale,
             decoder=_decoder(folder),
             spacing=self.spacing,
+            origin=self,
         )
 
     def _conditions(self, folder: PipelineFolder) -> Conditioning:
@@ -132,7 +153,8 @@ class PipelineModel(DiffusionModel, CostedModel):
         return Unconditional() if num_classes is None else ClassLabels(int(num_classes))
 
     def _text_conditions(self, folder: PipelineFolder) -> Prompts:
-        prompts = read_prompts(self.prompts)
+        given = self.prompts
+        prompts = read_prompts(given) if given is None or isinstance(given, str) else [str(prompt) for prompt in given]
         parts = folder.text_encoder()
         assert parts is not None
         width = folder.config("unet").get("cross_attention_dim")
