@@ -222,7 +222,7 @@ def test_packed_weights_take_their_bits_and_no_float_copy(tmp_path: Path) -> Non
 
 def test_a_card_says_what_it_is_and_how_it_is_loaded(pipelines: Path, tmp_path: Path) -> None:
     path = compressed(make_task("stable_diffusion", pipelines), tmp_path / "run")
-    card = path.with_name("README.md").read_text(encoding="utf-8")
+    card = path.with_name("model_card.md").read_text(encoding="utf-8")
     assert card.startswith("# stable_diffusion, compressed")
     assert "3 kept: 800, 300, 20" in card
     assert "fd" in card
@@ -240,6 +240,16 @@ def test_the_folder_of_the_float_pipeline_is_asked_for_and_checked(pipelines: Pa
     assert str(pipelines) not in path.read_text()
     with pytest.raises(ValueError, match=r"pipe must be what tmpq_exp\.load gave, found a DDIMPipeline"):
         tmpq_exp.save(diffusers.DDIMPipeline.from_pretrained(pipelines / "ddpm"), tmp_path)
+
+
+@pytest.mark.parametrize("found", ["../pipelines/ddpm", "/etc", "a/../b", "name"])
+def test_a_recipe_names_no_path(found: str, pipelines: Path, tmp_path: Path) -> None:
+    path = compressed(make_task("ddpm", pipelines), tmp_path / "run")
+    recipe = json.loads(path.read_text())
+    recipe["source"] |= {"hub": found}
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=r"source\.hub must be a hub id"):
+        tmpq_exp.load(path)
 
 
 def rewritten(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:

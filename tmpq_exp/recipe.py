@@ -33,6 +33,7 @@ from tmpq_exp.zoo.cifar import CifarDDPM
 from tmpq_exp.zoo.conditioning import Prompts
 from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.embedded import EmbeddedDDPM
+from tmpq_exp.zoo.pipeline_folder import is_hub_id
 from tmpq_exp.zoo.pipelines import PipelineModel
 from tmpq_exp.zoo.task import DiffusionTask, task_layers
 from tmpq_exp.zoo.weights import fill, read_tensors, write_tensors
@@ -100,7 +101,7 @@ def write_recipe(
     micro_batch: int,
     evidence: Mapping[str, Any],
 ) -> None:
-    """Write a candidate of a run's supernet as a recipe, with its model card ``README.md`` beside it.
+    """Write a candidate of a run's supernet as a recipe, with its model card ``model_card.md`` beside it.
 
     Args:
         path, state_path: ``recipe.json`` and the safetensors file beside it.
@@ -139,7 +140,7 @@ def write_recipe(
         "evidence": evidence,
     }
     write_json(path, recipe)
-    replace_file(path.with_name("README.md"), model_card(recipe).encode())
+    replace_file(path.with_name("model_card.md"), model_card(recipe).encode())
 
 
 def bit_choices(candidate: Candidate) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -277,6 +278,8 @@ def _origin(path: Path, recipe: Mapping[str, Any], pipeline: str | None) -> Pipe
         found = pipeline or source["hub"]
         if found is None:
             raise ValueError(f"{path}: the recipe is for a pipeline ({recipe['model']}); give its folder: pipeline=...")
+        if pipeline is None and not is_hub_id(found):
+            raise ValueError(f"{path}: source.hub must be a hub id (owner/name) and no other path, found {found!r}")
         prompts = [""] if source["text"] else None  # callers of the pipeline bring their own
         return PipelineModel(str(recipe["model"]), str(found), prompts=prompts, **source["settings"])
     if recipe["model"] not in EMBEDDED_MODELS:

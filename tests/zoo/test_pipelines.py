@@ -199,7 +199,14 @@ def test_every_option_takes_a_path(option: str, family: str, folders: Path) -> N
     assert len(model.layers()) == len(task_layers(task))
 
 
-@pytest.mark.parametrize("option", ["ddpm_cifar10_paper", "ldm_bedroom", "ldm_church", "ldm_imagenet", *SD_LIKE])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "ddpm_cifar10_paper",
+        "ldm_church",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ldm_bedroom", "ldm_imagenet", "sd14", "instaflow")),
+    ],
+)
 def test_full_size_networks_are_quantized_on_the_meta_device(option: str) -> None:
     architecture = composed_model(option).architecture
     network, layers = architecture.on_meta(architecture.diffusers), architecture.diffusers_layers()

@@ -159,7 +159,7 @@ def open_pipeline(path: str) -> PipelineFolder:
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        if _HUB_ID.fullmatch(path) is None:
+        if not is_hub_id(path):
             raise ValueError(f"model.path: there is no folder {path}, and it is no hub id (owner/name); {_HOW}")
         folder = _fetch(path)
     index_path = folder / "model_index.json"
@@ -172,17 +172,21 @@ def open_pipeline(path: str) -> PipelineFolder:
     return PipelineFolder(folder, _read_json(index_path, "pipeline"))
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form ``owner/name``."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
 def _fetch(hub_id: str) -> Path:
     """Folder in the cache with the files of a hub id, downloaded where they are missing."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         found = snapshot_download(
             hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, etag_timeout=HUB_TIMEOUT_SECONDS
         )
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever went wrong on the way, the user has the same two ways out
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"model.path: there is no folder {hub_id}, and no such model could be fetched from the hub ({reason}). "
             f"Without network, {_HOW}"
