@@ -165,6 +165,8 @@ def test_the_call_is_that_of_diffusers_and_keeps_the_timesteps(name: str, pipeli
     subject = {"prompt": "a cat"} if name == "stable_diffusion" else {}
     (image,) = pipe(**subject, num_inference_steps=7, generator=torch.Generator().manual_seed(0)).images
     assert told == list(TIMESTEPS)
+    assert pipe.to("cpu").device == torch.device("cpu")
+    assert set(pipe.components) >= {"unet", "scheduler"}
     assert image.size == (16, 16)
     again = pipe(**subject, generator=torch.Generator().manual_seed(0)).images[0]
     assert np.array_equal(np.asarray(image), np.asarray(again))
@@ -225,7 +227,8 @@ def test_a_card_says_what_it_is_and_how_it_is_loaded(pipelines: Path, tmp_path: 
     card = path.with_name("model_card.md").read_text(encoding="utf-8")
     assert card.startswith("# stable_diffusion, compressed")
     assert "3 kept: 800, 300, 20" in card
-    assert "fd" in card
+    assert "| measured: fd | 1.5 |" in card
+    assert "guidance_scale 2, negative_prompt bad" in card
     assert 'tmpq_exp.load("recipe.json", pipeline="FOLDER_OF_THE_FLOAT_PIPELINE")' in card
     packed = tmpq_exp.save(tmpq_exp.load(path, str(pipelines / "stable_diffusion")), tmp_path / "packed")
     assert 'tmpq_exp.load("recipe.json")' in packed.with_name("README.md").read_text(encoding="utf-8")

@@ -22,6 +22,7 @@ def model_card(recipe: Mapping[str, Any]) -> str:
         "bits of activations": _counts(bits for a in candidate.allocations for bits in a.act_bits),
         "layers in the Winograd domain": _counts(t for a in candidate.allocations for t in a.tiles if t != DIRECT_TILE),
         "sampler": recipe["sampler"]["sampler"],
+        "settings": _plain(recipe["source"].get("settings") or "the model's own"),
         **{f"measured: {key}": _plain(value) for key, value in recipe["evidence"].items()},
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

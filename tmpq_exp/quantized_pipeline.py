@@ -164,7 +164,8 @@ def load(path: str | Path, pipeline: str | None = None) -> DiffusionPipeline:
 
     Its call has the signature of the pipeline that the recipe was made of: ``StableDiffusionPipeline``,
     ``LDMPipeline``, ``DDIMPipeline``, or ``ClassToImagePipeline`` for class-conditional models, of which diffusers has
-    no pipeline. ``num_inference_steps`` changes nothing, the recipe has its own timesteps; ``guidance_scale`` does.
+    no pipeline. ``num_inference_steps`` changes nothing, the recipe has its own timesteps. ``guidance_scale`` does, and
+    its default is the pipeline's: give the one that the recipe was searched with, which its model card names.
 
     Args:
         path: ``recipe.json``.
