@@ -40,6 +40,7 @@ FILES = (
         "winograd_scales.json",
         "recipe.json",
         "recipe.safetensors",
+        "model_card.md",
         "report.json",
         "report.html",
         "pareto.png",

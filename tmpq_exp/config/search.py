@@ -171,7 +171,8 @@ class EvaluationConfig:
             winner.
         selection_images: Images for that, at least 2; null: as many as ``num_images``.
         baseline_bits: Uniform bit widths to compare with; 8 and 6 are always among them.
-        baseline_spacings: Schedules of those, ``quadratic`` always among them, beside ``leading`` and ``trailing``.
+        baseline_spacings: Schedules of those, beside the model's own: ``quadratic`` always among them, ``leading`` and
+            ``trailing``.
         reference_steps: Steps of the float reference.
         quantized_reference: Compare with W8A8 at the reference's timesteps too.
         micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads.

@@ -95,8 +95,8 @@ EVIDENCE_KEYS: Mapping[str, str] = {
 BASELINE_NAMES = ("float_reference", "float_k", "w8a8", "w6a6")
 """Baselines that every report has, in the order of the table."""
 
-SPACINGS = ("leading", "trailing")
-"""Schedules of further baselines, in their names behind the bits; the others are quadratic."""
+SPACINGS = ("quadratic", "leading", "trailing")
+"""Schedules of further baselines, in their names behind the bits; the others have the model's own, mostly quadratic."""
 
 REFERENCE = "reference"
 """Ends the name of a baseline at the float reference's timesteps."""
