@@ -164,8 +164,8 @@ def _measured_network(experiment: Experiment, candidate: Candidate, tiles: Seque
     for layer in supernet.layers:
         for quantizer in layer.act_quantizers():
             quantizer.start_observing()
-    with supernet.observing(lambda quantizer, x: quantizer.observe(x, 1024, generator)):
-        module.images(experiment.uniform(candidate.timesteps, FLOAT_BITS, FLOAT_BITS), [0], 0)
+    with torch.no_grad(), supernet.observing(lambda quantizer, x: quantizer.observe(x, 1024, generator)):
+        experiment.task.sample(supernet, [0], candidate.timesteps, 0)
     estimate_ranges(supernet)
     specs = {m: winograd_spec(config, m) for m in tiles}
     supernet.set_winograd({m: (s, ScaleSet(closed_form_scales(s.transform()))) for m, s in specs.items()})
