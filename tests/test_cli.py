@@ -298,7 +298,8 @@ def test_installed_package_runs_from_anywhere(tmp_path: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert {f"tmpq_exp/conf/{path.relative_to(conf_dir())}" for path in conf_dir().rglob("*.yaml")} <= inside
     weights = {"tmpq_exp/zoo/ddpm_digits/model.safetensors", "tmpq_exp/zoo/digits_classifier/reference.safetensors"}
-    assert weights | {"tmpq_exp/report/page.html"} <= inside
+    pages = {f"tmpq_exp/report/{name}" for name in ("page.html", "page.js", "comparison.html", "style.css")}
+    assert weights | pages <= inside
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True, capture_output=True)
