@@ -49,6 +49,7 @@ def entry(
         "hadamard_bitops": BUDGET // 40, "multiplications": BUDGET // 40,
         "weight_bytes": round(150_000 * bits), "metrics": {"fd_digits": quality, "psnr_db": psnr}, "num_images": 512,
         "intervals": {"fd_digits": [quality - 0.375, quality + 0.375]}, "seed": 7,
+        "fingerprint": "final-f", "further": {},
     }  # fmt: skip
 
 
@@ -92,12 +93,14 @@ def make_report(num_allocations: int = 1) -> dict[str, Any]:
     ]
     return {
         "schema": 1, "model": "ddpm_digits", "fingerprint": {"search": "search-f", "final": "final-f"},
-        "metric": "fd_digits", "num_train_timesteps": 1000, "budget": {"bitops": BUDGET, "name": "w6a6"},
+        "metric": "fd_digits", "further": [], "num_train_timesteps": 1000, "budget": {"bitops": BUDGET, "name": "w6a6"},
         "baselines": [
             entry("float_reference", 32, 15.1, None, tuple(range(980, -1, -20))), entry("float_k", 32, 16.3, 24.8),
             entry("w8a8", 8, 17.1, 24.1), entry("w6a6", 6, 20.4, 19.2),
         ],
-        "best": best, "front": [entry(f"trial-{i}", 6 - i / 2, 17.6 + i, 20.0) for i in range(3)],
+        "best": best, "front": [
+            entry(f"trial-{i}", 6 - i / 2, 17.6 + i, 20.0) | {"fingerprint": "search-f"} for i in range(3)
+        ],
         "calibration": [],
         "winograd": [
             {"m": m, "points": ["0", "1", "-1", "2", "-2", "inf"], "eligible_layers": LAYERS[3:20],

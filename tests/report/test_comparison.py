@@ -32,6 +32,8 @@ def compared(
     report = copy.deepcopy(make_report())
     report["best"]["metrics"]["fd_digits"] = quality
     report["fingerprint"] = {"search": search, "final": fingerprint}
+    for entry in (report["best"], *report["baselines"]):
+        entry["fingerprint"] = fingerprint
     report["fingerprint_parts"] = {"final": {"num_images": 512 if fingerprint == "final-f" else 32, "model": "abc"}}
     return ComparedRun(name, Path("sweep") / name, report, settings, 72)
 

@@ -53,7 +53,7 @@ def test_mixed_fingerprints_are_refused_everywhere(tmp_path: Path) -> None:
         pareto_png(tmp_path / "pareto.png", mixed, metric="fd_digits")
     with pytest.raises(ValueError, match="share one evaluation fingerprint"):
         render(tmp_path, make_report(), trials=mixed)
-    foreign = make_report() | {"fingerprint": {"search": "foreign", "final": "final-f"}}
+    foreign = make_report() | {"fingerprint": {"search": "foreign", "final": "final-f"}, "front": []}
     with pytest.raises(ValueError, match="search fingerprint 'foreign', found 'search-f'"):
         render(tmp_path, foreign)
     assert not list(tmp_path.iterdir())
