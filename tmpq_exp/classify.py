@@ -43,17 +43,16 @@ def classify(config: Config, resolved: dict[str, Any]) -> None:
     with writing(Path(config.paths.run_dir)):
         run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
         study = prepare(config, run)
-        learned: dict[str, dict[str, Any]] = {}
-        rows = [Row("float", FLOAT_BITS), Row("direct_w8a8", BITS)]
-        rows += [winograd_row(study, variant, learned) for variant in config.classification.rows()]
-        figures = evaluate(study, rows)
-        report = assemble(study, rows, figures, learned)
-        write_classification_json(run.report_json, report)
-        classification_html(run.report_html, report)
-        tracker = open_tracker(
-            config.logger, Job.of_directory(run.path, "classify", resolved), classification_records(report)
-        )
+        tracker = open_tracker(config.logger, Job.of_directory(run.path, "classify", resolved))
         with finishing(tracker):
+            learned: dict[str, dict[str, Any]] = {}
+            rows = [Row("float", FLOAT_BITS), Row("direct_w8a8", BITS)]
+            rows += [winograd_row(study, variant, learned) for variant in config.classification.rows()]
+            report = assemble(study, rows, evaluate(study, rows), learned)
+            write_classification_json(run.report_json, report)
+            classification_html(run.report_html, report)
+            for record in classification_records(report):
+                tracker.log_trial(record)
             tracker.log_results(classification_results(report))
     Console().print(classification_table(report))
     print(f"report  {run.report_html}")

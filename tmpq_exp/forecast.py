@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import statistics
 import sys
 import time
@@ -29,6 +28,11 @@ from tmpq_exp.search.trials import TrialLog
 from tmpq_exp.unet_calls import Calls, Tally, stage_calls
 from tmpq_exp.winograd.scales import ScaleSet
 from tmpq_exp.winograd.transform import closed_form_scales
+
+try:
+    import resource
+except ImportError:  # Windows does not say
+    resource = None  # type: ignore[assignment]
 
 MEASURED_CALLS = 5
 """Calls of the float network, and as many of the quantized one, behind the expected time."""
@@ -164,8 +168,8 @@ def _measured_network(experiment: Experiment, candidate: Candidate, tiles: Seque
     for layer in supernet.layers:
         for quantizer in layer.act_quantizers():
             quantizer.start_observing()
-    with supernet.observing(lambda quantizer, x: quantizer.observe(x, 1024, generator)):
-        module.images(experiment.uniform(candidate.timesteps, FLOAT_BITS, FLOAT_BITS), [0], 0)
+    with torch.no_grad(), supernet.observing(lambda quantizer, x: quantizer.observe(x, 1024, generator)):
+        experiment.task.sample(supernet, [0], candidate.timesteps, 0)
     estimate_ranges(supernet)
     specs = {m: winograd_spec(config, m) for m in tiles}
     supernet.set_winograd({m: (s, ScaleSet(closed_form_scales(s.transform()))) for m, s in specs.items()})
@@ -183,9 +187,11 @@ def _seconds(module: SupernetModule, candidate: Candidate, indices: range) -> fl
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the GPU where there is one, else of the process."""
+    """Peak memory so far: of the GPU where there is one, else of the process; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -22,7 +22,7 @@ from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.stages import Shipped, evaluate, search, select, specialize
 from tmpq_exp.tiling import winograd_scales
-from tmpq_exp.tracking import Job, NullTracker, Tracker, finishing, open_tracker, run_results
+from tmpq_exp.tracking import Job, NullTracker, Tracker, finishing, open_tracker, run_results, say_notice
 from tmpq_exp.weighing import weigh
 
 
@@ -80,9 +80,9 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
     further = further_table(report)
     if further is not None:
         console.print(further)
-    print(
-        "\n".join([f"report  {directory.report_html}", f"recipe  {directory.recipe}", *filter(None, [tracker.notice])])
-    )
+    print(f"report  {directory.report_html}
+recipe  {directory.recipe}")
+    say_notice(tracker)
 
 
 def _ship(experiment: Experiment, shipped: Shipped, trial: Trial) -> None:

@@ -25,8 +25,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "report.html"
 
 
-@pytest.mark.parametrize("width", [1200, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark"), (390, "light")])
 def test_every_part_is_there_and_readable(path: Path, open_page: Open, width: int, scheme: str) -> None:
     tab = open_page(path, width=width, scheme=scheme)
     assert tab.complaints == []

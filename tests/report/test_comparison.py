@@ -32,6 +32,8 @@ def compared(
     report = copy.deepcopy(make_report())
     report["best"]["metrics"]["fd_digits"] = quality
     report["fingerprint"] = {"search": search, "final": fingerprint}
+    for entry in (report["best"], *report["baselines"]):
+        entry["fingerprint"] = fingerprint
     report["fingerprint_parts"] = {"final": {"num_images": 512 if fingerprint == "final-f" else 32, "model": "abc"}}
     return ComparedRun(name, Path("sweep") / name, report, settings, 72)
 
@@ -112,7 +114,9 @@ def test_further_metrics_have_columns_of_their_own() -> None:
     run = compared("a")
     assert run.report is not None
     run.report["best"]["metrics"]["ssim"] = 0.75
-    assert comparison_rows([run])[0]["ssim"] == 0.75
+    run.report["best"]["further"] = {"ssim": "ssim-f"}
+    row = comparison_rows([run])[0]
+    assert (row["ssim"], row["fingerprint.ssim"], row["fingerprint"]) == (0.75, "ssim-f", "final-f")
 
 
 def test_labels_tell_runs_apart() -> None:

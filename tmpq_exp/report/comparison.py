@@ -136,6 +136,7 @@ def _entry_row(report: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
         "num_warnings": len(report["warnings"]),
         **{name: entry[name] for name in ("bitops", "macs", "weight_bytes", "num_images", "seed")},
         **others,
+        **{f"fingerprint.{name}": fingerprint for name, fingerprint in (entry.get("further") or {}).items()},
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from tmpq_exp.quant.allocation import FLOAT_BITS
 from tmpq_exp.report.points import search_view
 from tmpq_exp.rundir import RunDirectory
+from tmpq_exp.search.objective import PROXIES
 from tmpq_exp.tracking.tracker import QualityChart, Results
 
 BIT_EDGES = tuple(bits - 0.5 for bits in range(2, 18))
@@ -70,9 +71,13 @@ def table_rows(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
 
 
 def quality_metric(records: Sequence[Mapping[str, Any]]) -> str | None:
-    """Name of the metric that a search is about, which stands first in its trials; None before the first of them."""
+    """Name of the metric that a search is about; None before its first trial.
+
+    It is what its trials have beside the proxies, which every search measures.
+    """
     searched = [record for record in records if record["phase"] == "search"]
-    return next(iter(searched[-1]["metrics"]), None) if searched else None
+    names = list(searched[-1]["metrics"]) if searched else []
+    return next((name for name in names if name not in PROXIES), next(iter(names), None))
 
 
 def comparable_records(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -88,9 +93,14 @@ def comparable_records(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str
     ]
 
 
-def quality_chart(records: Sequence[Mapping[str, Any]]) -> QualityChart | None:
-    """Quality against BitOPs of the search and its baselines; None if nothing was scored."""
-    metric = quality_metric(records)
+def quality_chart(records: Sequence[Mapping[str, Any]], metric: str | None = None) -> QualityChart | None:
+    """Quality against BitOPs of the search and its baselines; None if nothing was scored.
+
+    Args:
+        records: Records of ``trials.jsonl``.
+        metric: The search's metric; None finds it in the trials.
+    """
+    metric = metric or quality_metric(records)
     if metric is None:
         return None
     view = search_view(comparable_records(records), metric=metric)
@@ -114,7 +124,7 @@ def run_results(
         pictures=_existing(directory.pareto, directory.samples),
         trials_file=directory.trials if directory.trials.exists() else None,
         trials=records,
-        chart=quality_chart(records),
+        chart=quality_chart(records, None if report is None else report["metric"]),
         bits={} if report is None else trial_bits(report["best"]),
     )
 
