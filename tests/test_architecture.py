@@ -102,6 +102,7 @@ ORDER = (
     "search.evolution",
     "search.greedy",
     "search.nsga2",
+    "search.evaluation",
     "search.objective",
     "search.module",
     "recipe",
