@@ -113,11 +113,7 @@ class Prompts(Conditioning):
 
     def inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
         """See ``Conditioning.inputs``."""
-        return self._of(self.of_images(image_indices))
-
-    def of_images(self, image_indices: Sequence[int]) -> tuple[str, ...]:
-        """The prompts of these images."""
-        return tuple(self.prompts[int(i) % len(self.prompts)] for i in image_indices)
+        return self._of([self.prompts[int(i) % len(self.prompts)] for i in image_indices])
 
     def null_inputs(self, num_images: int) -> dict[str, Tensor]:
         """See ``Conditioning.null_inputs``."""
@@ -130,3 +126,7 @@ class Prompts(Conditioning):
         """See ``Conditioning.fingerprint``."""
         text = hashlib.sha256(json.dumps([self.prompts, self.negative_prompt]).encode()).hexdigest()[:16]
         return {"kind": "prompts", "num_prompts": len(self.prompts), "text": text, "encoder": self._encoder}
+
+    def of_images(self, image_indices: Sequence[int]) -> tuple[str, ...]:
+        """The prompts of these images."""
+        return tuple(self.prompts[int(i) % len(self.prompts)] for i in image_indices)
