@@ -183,7 +183,7 @@ BAD_VALUES = [
     ("evaluation.num_finalists", "0", "at least 1"),
     ("evaluation.reference_steps", "0", "at least 1"),
     ("evaluation.micro_batch", "0", "at least 1"),
-    ("logger.name", "tensorboard", "wandb or none"),
+    ("logger.name", "mlflow", "wandb, csv, tensorboard or none"),
     ("logger.mode", "on", "offline, online or disabled"),
 ]
 

@@ -288,7 +288,8 @@ def test_scales_of_another_run_are_used(smoke: Path, tmp_path: Path) -> None:
 
 FEW = (
     "space.num_inference_steps=2", "evaluation.reference_steps=2", "evaluation.micro_batch=8",
-    "evaluation.num_images=8", "evaluation.num_finalists=1", "objective.num_images=8", "search.population_size=4",
+    "evaluation.num_images=8", "evaluation.num_finalists=1", "objective.num_images=8",
+    "objective.control_images=8", "search.population_size=4",
     "search.num_crossovers=4", "winograd.report_tiles=[]", "winograd.learning.num_steps=1", "objective.proxy_images=8",
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tmpq_exp.diffusion.schedule import (
     timestep_groups,
 )
 from tmpq_exp.measuring import chosen_metrics
+from tmpq_exp.metrics.frechet import FrechetMetric
 from tmpq_exp.metrics.metric import Metric, Place
 from tmpq_exp.progress import StageProgress
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
@@ -30,7 +32,7 @@ from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.recipe import read_candidate
 from tmpq_exp.rundir import RunDirectory, bad_input, digest
 from tmpq_exp.search.algorithm import Search
-from tmpq_exp.search.objective import Objective, Protocol
+from tmpq_exp.search.objective import Control, Objective, Protocol
 from tmpq_exp.search.random import RandomSearch
 from tmpq_exp.search.space import BitsPerStep, SearchSpace
 from tmpq_exp.search.trials import Trial, TrialLog
@@ -203,8 +205,18 @@ class Experiment:
             reference_candidate=self.baselines()["float_reference"],
             state=digest([asdict(self.config.quant), state, scales]),
             on_trial=self.on_trial,
+            control=self._control if stream != "final" else None,
             **arguments,
         )
+
+    @cached_property
+    def _control(self) -> Control | None:
+        """The float model at K steps; None without control variate, or where the metric is no Frechet distance."""
+        num_images = self.config.objective.control_images
+        if num_images == 0 or not isinstance(self.metric, FrechetMetric):
+            return None
+        protocol = Protocol(num_images, stream_seed(self.config.seed, "control"), self.config.evaluation.micro_batch)
+        return Control(self.module, self.metric, self.uniform(self.seed_timesteps(), FLOAT_BITS, FLOAT_BITS), protocol)
 
 
 def stage_trainer(
@@ -355,7 +367,8 @@ def _budget_bitops(experiment: Experiment) -> int:
 
 
 def make_search(experiment: Experiment) -> Search:
-    """The search algorithm, seeded with the schedule of the budget at the budget's bits where the space has them.
+    """The search algorithm, seeded with the schedule of the budget: at its bits where the space has them, and with bits
+    that are lowered from the highest where layers cost most.
 
     Raises:
         ValueError: If the budget is below the cheapest candidate, or a setting of the search is out of range.
@@ -366,6 +379,7 @@ def make_search(experiment: Experiment) -> Search:
     if space.steps.contains(timesteps):
         if budget.weight_bits in config.space.weight_bits and budget.act_bits in config.space.act_bits:
             seeds.append(space.uniform(timesteps, budget.weight_bits, budget.act_bits))
+        seeds.append(space.uniform(timesteps, max(config.space.weight_bits), max(config.space.act_bits)))
         if experiment.tile_rule is not None:
             seeds.append(replace(experiment.tile_rule, timesteps=timesteps))
     seeds = [seed for seed in seeds if space.contains(seed)][: config.search.get("population_size")]

@@ -47,12 +47,15 @@ def search(experiment: Experiment) -> tuple[Search, Objective]:
 def select(experiment: Experiment, algorithm: Search) -> Candidate:
     """The winner: the best of the finalists on images the search never saw.
 
+    Finalists are the best of the search and what it started from, uniform bits at the budget.
+
     Raises:
         UserError: If no candidate of the search could be scored.
     """
     finalists = [scored.candidate for scored in algorithm.top(experiment.config.evaluation.num_finalists)]
     if not finalists:
         raise UserError("every candidate of the search failed; trials.jsonl says why under 'error'")
+    finalists += [c for c in algorithm.seed_candidates if c not in finalists and algorithm.budget.is_feasible(c)]
     if len(finalists) == 1:
         return finalists[0]
     objective = experiment.objective("selection", experiment.selection_images)
@@ -61,7 +64,7 @@ def select(experiment: Experiment, algorithm: Search) -> Candidate:
         for candidate in finalists:
             trials.append(objective.evaluate(candidate, "selection"))
             bar.advance()
-    best = min(range(len(finalists)), key=lambda i: trials[i].score(experiment.metric.name))
+    best = min(range(len(finalists)), key=lambda i: trials[i].score(objective.score.name))
     return finalists[best]
 
 
@@ -73,7 +76,7 @@ class Shipped:
         candidate: The winner.
         module: The supernet, or a network calibrated for the winner's own bits.
         other: The one of the two that is not shipped; None if nothing was calibrated again.
-        selection: ``supernet`` and ``recalibrated`` -> the metric on the selection's images; empty if nothing was.
+        selection: ``supernet`` and ``recalibrated`` -> the score on the selection's images; empty if nothing was.
     """
 
     candidate: Candidate
@@ -93,7 +96,7 @@ def specialize(experiment: Experiment, winner: Candidate) -> Shipped:
         for name, module in modules.items():
             objective = experiment.objective("selection", experiment.selection_images, module)
             trials[name] = objective.evaluate(winner, "selection")
-    metric = experiment.metric.name
+    metric = objective.score.name
     found = {name: trial.metrics.get(metric) for name, trial in trials.items()}
     if trials["recalibrated"].score(metric) < trials["supernet"].score(metric):
         return Shipped(winner, own, experiment.module, found)

@@ -127,12 +127,16 @@ class ObjectiveConfig:
             against the float reference at the same seeds, or null for none.
         proxy_images: Images of the cheap look, the first of the others; from 1 to ``num_images``.
         promote_fraction: Share of a generation that is scored after it, in (0, 1].
+        control_images: Images of the float model at K steps, on seeds of their own, behind the control variate that
+            takes most of the seeds' chance out of a score (see ``tmpq_exp.metrics.control``), at least
+            ``num_images``; 0: plain scores, as those of metrics that are no Frechet distance always are.
     """
 
     num_images: int = 128
     proxy: str | None = None
     proxy_images: int = 16
     promote_fraction: float = 0.5
+    control_images: int = 1024
 
     def __post_init__(self) -> None:
         check_at_least("objective.num_images", self.num_images, 2)
@@ -142,6 +146,11 @@ class ObjectiveConfig:
             raise UserError(
                 f"objective.proxy_images must be in 1..{self.num_images} (objective.num_images), "
                 f"found {self.proxy_images}"
+            )
+        if self.control_images and self.control_images < self.num_images:
+            raise UserError(
+                f"objective.control_images must be 0 or at least {self.num_images} (objective.num_images), found "
+                f"{self.control_images}"
             )
         if not 0 < self.promote_fraction <= 1:
             raise UserError(f"objective.promote_fraction must be in (0, 1], found {self.promote_fraction}")

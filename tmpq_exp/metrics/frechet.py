@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,33 @@ def _distance(mean: Tensor, covariance: Tensor, reference: FeatureStatistics, ro
     values = torch.linalg.eigvalsh(root.T @ covariance @ root).clamp(min=0)
     traces = covariance.trace() + reference.covariance.trace() - 2 * values.sqrt().sum()
     return float((mean - reference.mean).square().sum() + traces)
+
+
+def centred_interval(
+    distance: Callable[[Tensor], float], num_counted: int, num_resamples: int, seed: int
+) -> tuple[float, float]:
+    """Bootstrap interval of a distance over images, 95 %.
+
+    A resample holds fewer distinct images and so lies higher than the distance itself; its quantiles are taken around
+    the mean of the resamples and moved to the distance.
+
+    Args:
+        distance: Distance where each image, or each block of images, counts as often as its weight says,
+            ``(num_counted,)`` in float64.
+        num_counted: Number of images or blocks.
+        num_resamples: At least 2.
+        seed: Of the resampling.
+
+    References:
+        Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Differs from its percentile interval
+        by the centring.
+    """
+    rng = np.random.default_rng(seed)
+    once = np.ones(num_counted)
+    weights = [once, *(rng.multinomial(num_counted, once / num_counted) for _ in range(num_resamples))]
+    value, *resampled = [distance(torch.from_numpy(w).double()) for w in weights]
+    low, high = np.quantile(resampled, (0.025, 0.975)) - np.mean(resampled)
+    return float(value + low), float(value + high)
 
 
 class FrechetMetric(Metric):
@@ -113,6 +140,10 @@ class FrechetMetric(Metric):
         """See ``Metric.start``."""
         return _Resampled(self) if resampled else _Summed(self)
 
+    def distance(self, mean: Tensor, covariance: Tensor) -> float:
+        """Distance of a Gaussian with this mean ``(d,)`` and covariance ``(d, d)``."""
+        return _distance(mean, covariance, self.reference, self.reference_root)
+
     def fingerprint(self) -> dict[str, Any]:
         """Hashes of what the number depends on."""
         return {
@@ -128,6 +159,11 @@ class FrechetMetric(Metric):
         return content_hash({"mean": self.reference.mean, "covariance": self.reference.covariance})
 
 
+MAX_BLOCKS = 512
+BLOCK_BYTES = 2**28
+"""Most blocks of a bootstrap, and most memory for their sums."""
+
+
 class _Summed(Measurement):
     """Running sums alone: memory does not grow with the number of images."""
 
@@ -139,19 +175,11 @@ class _Summed(Measurement):
 
     def value(self) -> float:
         found = self._sums.statistics()
-        return _distance(found.mean, found.covariance, self._metric.reference, self._metric.reference_root)
+        return self._metric.distance(found.mean, found.covariance)
 
 
 class _Resampled(_Summed):
-    """Sums, and every image's features for the interval.
-
-    A resample holds fewer distinct images and so lies higher than the distance itself; its quantiles are taken around
-    the mean of the resamples and moved to the distance.
-
-    References:
-        Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Differs from its percentile interval
-        by the centring.
-    """
+    """Sums, and every image's features for the interval."""
 
     def __init__(self, metric: FrechetMetric) -> None:
         super().__init__(metric)
@@ -162,20 +190,27 @@ class _Resampled(_Summed):
         self._features.append(batch.features(self._metric.network).cpu())
 
     def interval(self, num_resamples: int, seed: int) -> tuple[float, float]:
+        """See ``centred_interval``; images are resampled in random blocks, whose sums are made once."""
         features = torch.cat(self._features)
-        rng = np.random.default_rng(seed)
-        once = np.ones(len(features))
-        weights = [once, *(rng.multinomial(len(features), once / len(features)) for _ in range(num_resamples))]
-        distance, *resampled = [self._weighted(features, torch.from_numpy(w).double()) for w in weights]
-        low, high = np.quantile(resampled, (0.025, 0.975)) - np.mean(resampled)
-        return float(distance + low), float(distance + high)
+        order = torch.from_numpy(np.random.default_rng([seed, len(features)]).permutation(len(features)))
+        blocks = [features[part] for part in order.tensor_split(self._num_blocks(*features.shape))]
+        counts = torch.tensor([len(block) for block in blocks], dtype=torch.float64)
+        sums = torch.stack([block.sum(0) for block in blocks])
+        outers = torch.stack([block.T @ block for block in blocks])
 
-    def _weighted(self, features: Tensor, weights: Tensor) -> float:
-        """Distance where each image counts as often as its weight says."""
-        mean = weights @ features / weights.sum()
-        centred = features - mean
-        covariance = (centred.T * weights) @ centred / (weights.sum() - 1)
-        return _distance(mean, covariance, self._metric.reference, self._metric.reference_root)
+        def distance(weights: Tensor) -> float:
+            count = weights @ counts
+            mean = weights @ sums / count
+            outer = torch.tensordot(weights, outers, dims=1)
+            return self._metric.distance(mean, (outer - count * torch.outer(mean, mean)) / (count - 1))
+
+        return centred_interval(distance, len(blocks), num_resamples, seed)
+
+    @staticmethod
+    def _num_blocks(num_images: int, num_features: int) -> int:
+        """Blocks whose sums fit into the memory for them: an image each where there are few."""
+        fitting = BLOCK_BYTES // (8 * num_features**2)
+        return min(num_images, max(20, min(MAX_BLOCKS, fitting)))
 
 
 class _ModuleFeatures(nn.Module):

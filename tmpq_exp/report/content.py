@@ -77,6 +77,7 @@ WINOGRAD_KEYS: Mapping[str, str] = {
 """Keys of one element of ``winograd``."""
 
 SEARCH_KEYS: Mapping[str, str] = {
+    "metric": "what candidates were ranked by: the metric, or <metric>_controlled with the control variate",
     "num_evaluations": "distinct candidates that were scored",
     "stop_reason": "why the search ended",
     "seconds": "wall time of the search in seconds",

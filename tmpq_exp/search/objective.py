@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
+from functools import cache, cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tmpq_exp.cost import CostModel
+from tmpq_exp.metrics.control import ControlledFrechet
 from tmpq_exp.metrics.fidelity import FeatureError, Psnr
-from tmpq_exp.metrics.metric import Measurement, Metric
+from tmpq_exp.metrics.frechet import FrechetMetric
+from tmpq_exp.metrics.metric import Measurement, Metric, features_of
+from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
+from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import digest
@@ -48,6 +52,47 @@ class Protocol:
         """The same with no more images than are compared with the float reference's."""
         return replace(self, num_images=min(self.num_images, self.paired_images))
 
+    def wanted(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """These micro-batches without the images beyond ``num_images``."""
+        missing = self.num_images
+        for images in batches:
+            yield images[:missing]
+            missing -= len(images)
+
+
+class Control:
+    """A schedule whose images of the same seeds stand beside every candidate's, to take chance out of the score.
+
+    Args:
+        module: Makes the images.
+        metric: Quality metric, made ready.
+        candidate: The schedule, float.
+        protocol: Which images its statistics come from; other seeds than any candidate's.
+    """
+
+    def __init__(self, module: SupernetModule, metric: FrechetMetric, candidate: Candidate, protocol: Protocol) -> None:
+        self.module, self.metric, self.candidate, self.protocol = module, metric, candidate, protocol
+
+    @cached_property
+    def statistics(self) -> FeatureStatistics:
+        """Of its own images, measured at first use."""
+        sums = FeatureSums(self.metric.network)
+        with StageBar("control images", len(self.protocol.micro_batches())) as bar:
+            for images in self._images(self.protocol):
+                sums.update(images)
+                bar.advance()
+        return sums.statistics()
+
+    def under(self, protocol: Protocol) -> ControlledFrechet:
+        """The metric of candidates under a protocol."""
+        facts = {"schedule": self.candidate.key(), "images": self.protocol.num_images, "seed": self.protocol.seed}
+        found = cache(lambda: torch.cat([features_of(self.metric.network, x).cpu() for x in self._images(protocol)]))
+        return ControlledFrechet(self.metric, lambda: self.statistics, found, facts)
+
+    def _images(self, protocol: Protocol) -> Iterator[Tensor]:
+        made = (self.module.images(self.candidate, some, protocol.seed) for some in protocol.micro_batches())
+        yield from protocol.wanted(made)
+
 
 PROXIES = ("psnr_db", "feature_mse")
 """Metrics against the float reference's images of the same seeds."""
@@ -71,6 +116,7 @@ class Objective:
         on_trial: Called with every new trial.
         measures_quality: Whether the quality metric is measured; without it a trial has the proxies alone.
         bootstrap: Resamples behind the quality's interval over images; 0 leaves it out.
+        control: With it a trial has ``<metric>_controlled`` too, and candidates are ranked by that.
         further: Metrics that are measured beside the quality, made ready; each has a fingerprint of its own.
     """
 
@@ -87,12 +133,14 @@ class Objective:
         on_trial: Callable[[Trial], None],
         measures_quality: bool = True,
         bootstrap: int = 0,
+        control: Control | None = None,
         further: Sequence[Metric] = (),
     ) -> None:
         self.module, self.metric, self.protocol, self.cost, self.trials = module, metric, protocol, cost, trials
         self.reference_candidate, self._on_trial = reference_candidate, on_trial
         self.state, self.measures_quality, self.bootstrap = state, measures_quality, bootstrap
         self.further = tuple(further)
+        self.score: Metric = metric if control is None or not measures_quality else control.under(protocol)
         self._needs_latents = any("latents" in used.needs for used in (metric, *further))
         self._reference: Made | None = None
         self._reference_memos: dict[tuple[int, int], dict[int, Tensor]] = {}  # by first image and number of images
@@ -108,7 +156,7 @@ class Objective:
             "device": module.device.type,
             "num_threads": None if is_cuda else torch.get_num_threads(),
         }
-        self.fingerprint_parts = {"resize": "none", **common, **metric.fingerprint(), "quality": measures_quality}
+        self.fingerprint_parts = {"resize": "none", **common, **self.score.fingerprint(), "quality": measures_quality}
         self.fingerprint = digest(self.fingerprint_parts)
         self.further_parts = {m.name: {**common, **m.fingerprint()} for m in self.further}
         self.further_fingerprints = {name: digest(parts) for name, parts in self.further_parts.items()}
@@ -157,7 +205,7 @@ class Objective:
     ) -> Trial:
         """Measure a candidate."""
         metrics, intervals, problems = self._measure(candidate, feed)
-        judged = (self.metric.name,) if self.measures_quality else PROXIES
+        judged = (self.score.name,) if self.measures_quality else PROXIES
         missing = {name: problems[name] for name in self.further_fingerprints if name in problems}
         return Trial(
             index=self.trials.num_lines,
@@ -194,18 +242,19 @@ class Objective:
 
     def _started(self) -> dict[str, Measurement]:
         """Every metric of a trial, begun: the quality's first."""
-        metric, cheap = self.metric, list[Metric]([Psnr()])
+        metric, cheap, started = self.metric, list[Metric]([Psnr()]), dict[str, Measurement]()
         if metric.network is not None:
             cheap.append(FeatureError(metric.network))
-        started = {metric.name: metric.start(resampled=bool(self.bootstrap))} if self.measures_quality else {}
+        if self.measures_quality:
+            started = {m.name: m.start(resampled=bool(self.bootstrap)) for m in (metric, self.score)}
         for other in (*cheap, *self.further):
             started.setdefault(other.name, other.start())
         return started
 
     def interval(self, candidate: Candidate, num_resamples: int) -> list[float] | None:
-        """Bootstrap interval of a candidate's quality over images, 95 %; None where there is none."""
-        measurement, name = self.metric.start(resampled=True), self.metric.name
-        _, problems = self._evaluated(candidate, {name: measurement}).values()
+        """Bootstrap interval of a candidate's score over images, 95 %; None where there is none."""
+        measurement = self.score.start(resampled=True)
+        _, problems = self._evaluated(candidate, {self.score.name: measurement}).values()
         interval = None if problems else measurement.interval(num_resamples, self.protocol.seed)
         return None if interval is None else list(interval)
 
