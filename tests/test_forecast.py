@@ -122,13 +122,13 @@ def test_a_run_says_the_forecast_first_and_then_calls_what_it_said(
 ) -> None:
     stages = stage_calls(laid_out(tmp_path / "other"))
     counted = []
-    sample = DiffusionTask.sample
+    latents = DiffusionTask.latents
 
     def counting(self: DiffusionTask, unet: Any, image_indices: Any, timesteps: Any, *args: Any, **kwargs: Any) -> Any:
         counted.append(len(image_indices) * len(timesteps))
-        return sample(self, unet, image_indices, timesteps, *args, **kwargs)
+        return latents(self, unet, image_indices, timesteps, *args, **kwargs)
 
-    monkeypatch.setattr(DiffusionTask, "sample", counting)
+    monkeypatch.setattr(DiffusionTask, "latents", counting)
     run_job(composed(tmp_path / "run", "num_threads=null"))
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("forecast  ")

@@ -205,12 +205,12 @@ class Experiment:
             reference_candidate=self.baselines()["float_reference"],
             state=digest([asdict(self.config.quant), state, scales]),
             on_trial=self.on_trial,
-            control=self._control if stream != "final" else None,
+            control=self.control if stream != "final" else None,
             **arguments,
         )
 
     @cached_property
-    def _control(self) -> Control | None:
+    def control(self) -> Control | None:
         """The float model at K steps; None without control variate, or where the metric is no Frechet distance."""
         num_images = self.config.objective.control_images
         if num_images == 0 or not isinstance(self.metric, FrechetMetric):

@@ -52,6 +52,7 @@ class Tally:
     def __init__(self, experiment: Experiment) -> None:
         self._config, self._experiment = experiment.config, experiment
         self._num_steps = experiment.space.steps.max_steps
+        self._num_standard_steps = experiment.config.space.num_inference_steps
 
     def images(self, num_images: int, num_steps: int, in_float: bool = False) -> Calls:
         """Images in whole micro-batches."""
@@ -74,11 +75,18 @@ class Tally:
         evaluation = self._config.evaluation
         return self.images(min(num_images, evaluation.paired_images), evaluation.reference_steps, in_float=True)
 
+    def beside(self, num_images: int) -> Calls:
+        """What stands beside the candidates of an objective: the float reference's images, and the control's."""
+        control = self.images(num_images, self._num_standard_steps, in_float=True)
+        return self.reference(num_images) + control.times(int(self._experiment.control is not None))
+
     def search(self) -> Calls:
-        """Candidates with the proxy before them, and the baselines."""
+        """Candidates with the proxy before them, the baselines, and the images behind the control variate."""
         objective, search = self._config.objective, make_search(self._experiment)
         size, num_scored = search.population_size, self.num_scored()
-        calls = self.score(objective.num_images).times(num_scored) + self.reference(objective.num_images)
+        calls = self.score(objective.num_images).times(num_scored) + self.beside(objective.num_images)
+        if self._experiment.control is not None:
+            calls += self.images(objective.control_images, self._num_standard_steps, in_float=True)
         if objective.proxy is not None:
             looked = self.score(objective.proxy_images).times(size * search.num_generations)
             calls += looked + self.reference(objective.proxy_images)
@@ -92,21 +100,23 @@ class Tally:
 
     def select(self) -> Calls:
         """Finalists on images of their own."""
-        finalists, selection = self._config.evaluation.num_finalists, self._experiment.selection_images
+        search, selection = make_search(self._experiment), self._experiment.selection_images
+        num_seeds = sum(map(search.budget.is_feasible, search.seed_candidates))
+        finalists = self._config.evaluation.num_finalists + num_seeds
         if finalists == 1:
             return Calls()
-        return self.score(selection).times(finalists) + self.reference(selection)
+        return self.score(selection).times(finalists) + self.beside(selection)
 
     def weigh(self) -> Calls:
         """The score's noise, the ranking once more, the random search, and candidates calibrated again."""
         evaluation, num_images = self._config.evaluation, self._config.objective.num_images
-        once = self.score(num_images) + self.reference(num_images)
+        once = self.score(num_images) + self.beside(num_images)
         selection = self._experiment.selection_images
         ranked = self.score(selection).times(evaluation.ranked_candidates)
         return (
             once.times(evaluation.noise_seeds)
             + self.score(num_images).times(bool(evaluation.bootstrap))
-            + (ranked + self.reference(selection) if evaluation.ranked_candidates else ranked)
+            + (ranked + self.beside(selection) if evaluation.ranked_candidates else ranked)
             + self.score(num_images).times(self.num_scored() if evaluation.random_control else 0)
             + (once + self.calibrate()).times(evaluation.recalibrated_candidates)
         )
@@ -116,7 +126,7 @@ class Tally:
         if not self._config.evaluation.recalibrate:
             return Calls()
         selection = self._experiment.selection_images
-        return self.calibrate() + (self.score(selection) + self.reference(selection)).times(2)
+        return self.calibrate() + (self.score(selection) + self.beside(selection)).times(2)
 
     def evaluate(self) -> Calls:
         """Baselines and the winner on the final images, the recipe tried out, and the samples of the report."""
