@@ -108,6 +108,7 @@ ORDER = (
     "search.evolution",
     "search.greedy",
     "search.nsga2",
+    "search.evaluation",
     "search.objective",
     "search.module",
     "model_card",

@@ -80,8 +80,7 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
     further = further_table(report)
     if further is not None:
         console.print(further)
-    print(f"report  {directory.report_html}
-recipe  {directory.recipe}")
+    print(f"report  {directory.report_html}\nrecipe  {directory.recipe}")
     say_notice(tracker)
 
 

@@ -102,8 +102,13 @@ def assemble_report(
         },
         "metric": metric,
         "further": [
-            {"name": name, "fingerprint": final_objective.further_fingerprints[name], "fingerprint_parts": parts}
-            for name, parts in final_objective.further_parts.items()
+            {
+                "name": metric.name,
+                "higher_is_better": metric.higher_is_better,
+                "fingerprint": final_objective.further_fingerprints[metric.name],
+                "fingerprint_parts": final_objective.further_parts[metric.name],
+            }
+            for metric in final_objective.further
         ],
         "num_train_timesteps": experiment.task.num_train_timesteps,
         "budget": {"bitops": experiment.budget_bitops, "name": _budget_name(experiment)},

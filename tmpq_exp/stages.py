@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 
 from tmpq_exp.calibrating import recalibrated
@@ -112,7 +114,7 @@ def evaluate(experiment: Experiment, shipped: Shipped) -> tuple[dict[str, Trial]
         for name, (candidate, module) in named.items():
             objective = final_objective(experiment, module)
             predict = partial(_predict, experiment, module, objective, name)
-            trials[name] = objective.evaluate(candidate, "final", name=name, images=predict)
+            trials[name] = objective.evaluate(candidate, "final", name=name, feed=predict)
     return trials, final_objective(experiment, shipped.module)
 
 
@@ -125,12 +127,30 @@ def final_objective(experiment: Experiment, module: SupernetModule) -> Objective
 
 
 def _predict(
-    experiment: Experiment, module: SupernetModule, objective: Objective, name: str, candidate: Candidate
-) -> list[Tensor]:
-    """Images of the objective's protocol, made by a Trainer."""
+    experiment: Experiment,
+    module: SupernetModule,
+    objective: Objective,
+    name: str,
+    candidate: Candidate,
+    take: Callable[[Tensor], None],
+) -> None:
+    """Images of the objective's protocol, made by a Trainer and handed on where they are; none is kept."""
     batches = objective.protocol.micro_batches()
     trainer = experiment.trainer(f"evaluate {name}", len(batches))
+    trainer.callbacks.append(_HandingOn(take))  # type: ignore[attr-defined]
     with module.requesting(candidate, batches, objective.protocol.seed):
-        images: Any = trainer.predict(module, range(len(batches)))
+        trainer.predict(module, range(len(batches)), return_predictions=False)
     module.to(experiment.device)
-    return list(images)
+
+
+class _HandingOn(L.Callback):
+    """Gives every predicted batch to a function."""
+
+    def __init__(self, take: Callable[[Tensor], None]) -> None:
+        self._take = take
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any, **__: Any
+    ) -> None:
+        """See ``_HandingOn``."""
+        self._take(outputs)

@@ -29,11 +29,6 @@ def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
     return found
 
 
-def mean_psnr_db(images: Tensor, reference: Tensor) -> float:
-    """Mean over images of ``psnr_db``."""
-    return float(psnr_db(images, reference).mean())
-
-
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """Each image's structural similarity, ``(N,)``, at most 1; windows of 11x11 pixels, Gaussian of 1.5.
 

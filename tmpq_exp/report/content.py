@@ -25,7 +25,7 @@ REPORT_KEYS: Mapping[str, str] = {
     "model": "name of the compressed model",
     "fingerprint": "{search, final}: hash of everything that a quality figure depends on, for either set of seeds",
     "metric": "name of the quality metric the search minimised or maximised",
-    "further": "[{name, fingerprint, fingerprint_parts}]: metrics of the baselines and the best beside it",
+    "further": "[{name, higher_is_better, fingerprint, fingerprint_parts}]: metrics reported beside it",
     "num_train_timesteps": "length T of the training schedule; timesteps lie in 0..T-1",
     "budget": "{bitops, name}: the most BitOPs a candidate may cost, and the baseline it comes from",
     "baselines": "entries float_reference, float_k, w8a8 and w6a6 on the final seeds",

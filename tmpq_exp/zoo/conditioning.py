@@ -128,10 +128,6 @@ class Prompts(Conditioning):
         """See ``Conditioning.inputs``."""
         return self.of(self.of_images(image_indices))
 
-    def of_images(self, image_indices: Sequence[int]) -> tuple[str, ...]:
-        """The prompts of these images."""
-        return tuple(self.prompts[int(i) % len(self.prompts)] for i in image_indices)
-
     def null_inputs(self, num_images: int) -> dict[str, Tensor]:
         """See ``Conditioning.null_inputs``."""
         return self.of([self.negative_prompt] * num_images)
@@ -144,3 +140,7 @@ class Prompts(Conditioning):
         """See ``Conditioning.fingerprint``."""
         text = hashlib.sha256(json.dumps([self.prompts, self.negative_prompt]).encode()).hexdigest()[:16]
         return {"kind": "prompts", "num_prompts": len(self.prompts), "text": text, "encoder": self._encoder}
+
+    def of_images(self, image_indices: Sequence[int]) -> tuple[str, ...]:
+        """The prompts of these images."""
+        return tuple(self.prompts[int(i) % len(self.prompts)] for i in image_indices)
