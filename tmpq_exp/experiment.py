@@ -317,8 +317,7 @@ def _search_space(config: Config, task: DiffusionTask, layers: tuple[LayerShape,
     num_steps = range(space.min_steps or len(groups), (space.max_steps or len(groups)) + 1)
     steps_per_group = (space.min_steps_per_group, space.max_steps_per_group)
     if not space.search_timesteps:
-        standing = (standing_timestep(group, task.spacing) for group in groups)
-        groups = tuple(range(timestep, timestep + 1) for timestep in standing)
+        groups = tuple(range(t, t + 1) for t in (standing_timestep(group, task.spacing) for group in groups))
     elif space.groups == "free":
         groups, steps_per_group = (range(num_train_timesteps),), (0, num_train_timesteps)
     softmax = (config.quant.softmax_bits,)
