@@ -148,7 +148,8 @@ def measure_calls(experiment: Experiment) -> CallSeconds:
     They are made by a network of its own with roughly estimated ranges: the run's is left as it is.
     """
     config, device = experiment.config, experiment.device
-    timesteps, indices = experiment.standard_schedule(1), range(config.evaluation.micro_batch)
+    timesteps = experiment.baselines()["float_k"].timesteps[:1]
+    indices = range(config.evaluation.micro_batch)
     candidates = [experiment.uniform(timesteps, bits, bits) for bits in (FLOAT_BITS, MEASURED_BITS)]
     tiles = used_tiles(config)
     module = _measured_network(experiment, candidates[1], tiles).to(device)

@@ -170,9 +170,9 @@ class Tally:
         return Calls(config.num_images * config.num_timesteps)
 
     def winograd(self) -> Calls:
-        """One trajectory for each examined tile; learning its scales calls no U-Net."""
+        """A trajectory and one call more for each examined tile; learning its scales calls no U-Net."""
         tiles = examined_tiles(self._config)
-        return Calls(STATES_FOR_SCALES * self._config.calibration.num_timesteps).times(len(tiles))
+        return Calls(STATES_FOR_SCALES * (self._config.calibration.num_timesteps + 1)).times(len(tiles))
 
 
 def stage_calls(experiment: Experiment) -> dict[str, Calls]:

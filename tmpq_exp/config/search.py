@@ -128,8 +128,8 @@ class ObjectiveConfig:
         proxy_images: Images of the cheap look, the first of the others; from 1 to ``num_images``.
         promote_fraction: Share of a generation that is scored after it, in (0, 1].
         control_images: Images of the float model at K steps, on seeds of their own, behind the control variate that
-            takes most of the seeds' chance out of a score (see ``tmpq_exp.metrics.control``), at least
-            ``num_images``; 0: plain scores, as those of metrics that are no Frechet distance always are.
+            takes most of the seeds' chance out of a score (see ``tmpq_exp.metrics.control``); worth it from several times
+            ``num_images`` on. 0: plain scores, as those of metrics that are no Frechet distance always are.
     """
 
     num_images: int = 128
@@ -147,11 +147,9 @@ class ObjectiveConfig:
                 f"objective.proxy_images must be in 1..{self.num_images} (objective.num_images), "
                 f"found {self.proxy_images}"
             )
-        if self.control_images and self.control_images < self.num_images:
-            raise UserError(
-                f"objective.control_images must be 0 or at least {self.num_images} (objective.num_images), found "
-                f"{self.control_images}"
-            )
+        check_at_least("objective.control_images", self.control_images, 0)
+        if self.control_images == 1:
+            raise UserError("objective.control_images must be 0 or at least 2, found 1")
         if not 0 < self.promote_fraction <= 1:
             raise UserError(f"objective.promote_fraction must be in (0, 1], found {self.promote_fraction}")
 
