@@ -89,6 +89,7 @@ class Experiment:
     further: tuple[Metric, ...] = ()
     warnings: tuple[str, ...] = ()
     calibration: list[dict[str, Any]] = field(default_factory=list)
+    _objectives: dict[tuple[Any, ...], Objective] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
@@ -184,6 +185,8 @@ class Experiment:
     ) -> Objective:
         """Objective on the image stream of this name; a Trainer's stage may have left the network on the CPU.
 
+        Those of the supernet are made once: stages that look at the same images share what stands beside them.
+
         Args:
             stream: Name of the image stream; that of ``search`` follows the search's seed.
             num_images: Images a candidate.
@@ -191,12 +194,15 @@ class Experiment:
             arguments: Further ones of ``Objective``.
         """
         module = (module or self.module).to(self.device)
+        key = (stream, num_images, *sorted(arguments.items()))
+        if module is self.module and key in self._objectives:
+            return self._objectives[key]
         seed = self.search_seed if stream == "search" else self.config.seed
         config = self.config.evaluation
         protocol = Protocol(num_images, stream_seed(seed, stream), config.micro_batch, config.paired_images)
         state = content_hash(module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
-        return Objective(
+        objective = Objective(
             module,
             self.metric,
             protocol,
@@ -208,6 +214,9 @@ class Experiment:
             control=self.control if stream != "final" else None,
             **arguments,
         )
+        if module is self.module:
+            self._objectives[key] = objective
+        return objective
 
     @cached_property
     def control(self) -> Control | None:

@@ -71,7 +71,7 @@ class Tally:
         return sum((self.images(num_images, len(c.timesteps), is_float(c)) for c in kept), Calls())
 
     def reference(self, num_images: int) -> Calls:
-        """The float reference's images of the same seeds, which every objective makes once."""
+        """The float reference's images of the same seeds, made once for a network and a set of seeds."""
         evaluation = self._config.evaluation
         return self.images(min(num_images, evaluation.paired_images), evaluation.reference_steps, in_float=True)
 
@@ -113,10 +113,12 @@ class Tally:
         once = self.score(num_images) + self.beside(num_images)
         selection = self._experiment.selection_images
         ranked = self.score(selection).times(evaluation.ranked_candidates)
+        if evaluation.ranked_candidates and not self.select().total:
+            ranked += self.beside(selection)
         return (
             once.times(evaluation.noise_seeds)
             + self.score(num_images).times(bool(evaluation.bootstrap))
-            + (ranked + self.beside(selection) if evaluation.ranked_candidates else ranked)
+            + ranked
             + self.score(num_images).times(self.num_scored() if evaluation.random_control else 0)
             + (once + self.calibrate()).times(evaluation.recalibrated_candidates)
         )
@@ -126,13 +128,13 @@ class Tally:
         if not self._config.evaluation.recalibrate:
             return Calls()
         selection = self._experiment.selection_images
-        return self.calibrate() + (self.score(selection) + self.beside(selection)).times(2)
+        known = self.select().total or self._config.evaluation.ranked_candidates  # what stands beside the supernet's
+        return self.calibrate() + self.score(selection).times(2) + self.beside(selection).times(1 if known else 2)
 
     def evaluate(self) -> Calls:
         """Baselines and the winner on the final images, the recipe tried out, and the samples of the report."""
         evaluation = self._config.evaluation
         winners = 2 if evaluation.recalibrate else 1
-        compared = len(self._experiment.baselines()) - 1 + winners  # each has an objective, and so a reference
         shown = min(SAMPLE_COLUMNS, evaluation.num_images)
         samples = self._experiment.baselines().values()
         drawn = sum((_drawn(shown * len(c.timesteps), is_float(c)) for c in samples), Calls())
@@ -140,7 +142,7 @@ class Tally:
         return (
             self.baselines(evaluation.num_images, with_reference=True)
             + self.score(evaluation.num_images).times(winners)
-            + self.reference(evaluation.num_images).times(compared)
+            + self.reference(evaluation.num_images).times(winners - 1)  # the supernet's is a baseline
             + drawn
             + _drawn((shown + tried) * self._num_steps, in_float=False)
         )
