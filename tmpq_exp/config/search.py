@@ -128,8 +128,8 @@ class ObjectiveConfig:
         proxy_images: Images of the cheap look, the first of the others; from 1 to ``num_images``.
         promote_fraction: Share of a generation that is scored after it, in (0, 1].
         control_images: Images of the float model at K steps, on seeds of their own, behind the control variate that
-            takes most of the seeds' chance out of a score (see ``tmpq_exp.metrics.control``); worth it from several times
-            ``num_images`` on. 0: plain scores, as those of metrics that are no Frechet distance always are.
+            takes most of the seeds' chance out of a score (see ``tmpq_exp.metrics.control``), best several times
+            ``num_images``. 0: plain scores, as those of metrics that are no Frechet distance always are.
     """
 
     num_images: int = 128
