@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help demo test test-all bench lint clean
 
 help:
-	@echo "make demo      install, then search the embedded digits model (about 3 minutes on two cores)"
+	@echo "make demo      install, then search the embedded digits model (about 4 minutes on two cores)"
 	@echo "make test      install with the dev extras, then run the tests"
 	@echo "make test-all  everything that make test leaves out as well: slow and, where there is one, GPU tests"
 	@echo "make bench     ratios of the supernet and of Winograd convolutions to float, in one process"

@@ -70,6 +70,7 @@ class TestRefusedAtTheDoor:
             (["space=joint_tile", "quant=groupwise", "winograd=f4"], "winograd.tile must be 0 (winograd=none)"),
             (["quant.softmax_bits=17"], "quant.softmax_bits must be in 2..16, found 17"),
             (["seed=many"], "seed=many"),
+            (["logger=mlflow"], "logger=mlflow: no such option; options: csv, none, tensorboard, wandb"),
             (["=3"], "override"),
             (["--cfg", "job", "--multirun"], "Only one of"),
             (["hydra.run.dir=taken"], "hydra.run.dir: taken is a file"),
@@ -194,11 +195,19 @@ class TestRefusedOnceTheModelIsKnown:
 
     def test_a_model_that_is_there_for_another_task(self, job: Job, capsys: Any) -> None:
         message = job.refused(capsys, "model=sd14")
-        assert message == "model: sd14 is an architecture without weights; it is there for task=cost only"
+        assert message.startswith("model.path of sd14 must be a folder of a diffusers pipeline, or a hub id")
         message = job.refused(capsys, "model=digits_classifier", run_dir=job.directory / "other")
         assert message == "model: digits_classifier makes no images and can only be trained (task=train)"
         message = job.refused(capsys, "task=train", "model=sd14", run_dir=job.directory / "third")
         assert message == "model: sd14 has no training recipe here"
+
+    def test_tasks_about_other_runs_want_some(self, job: Job, capsys: Any, tmp_path: Path) -> None:
+        for task in ("report", "log"):
+            message = job.refused(capsys, f"task={task}", "logger=csv")
+            assert message.startswith("runs: no run directory given; for example 'runs=[outputs/")
+            message = job.refused(capsys, f"task={task}", "logger=csv", f"runs=[{tmp_path}/gone]")
+            assert message == f"runs: {tmp_path}/gone is no directory; a run directory, or one of a sweep, was expected"
+        assert not (tmp_path / "run").exists()
 
     def test_foreign_run_directory(self, job: Job, capsys: Any, tmp_path: Path) -> None:
         directory = tmp_path / "holiday"
@@ -289,7 +298,8 @@ def test_installed_package_runs_from_anywhere(tmp_path: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert {f"tmpq_exp/conf/{path.relative_to(conf_dir())}" for path in conf_dir().rglob("*.yaml")} <= inside
     weights = {"tmpq_exp/zoo/ddpm_digits/model.safetensors", "tmpq_exp/zoo/digits_classifier/reference.safetensors"}
-    assert weights | {"tmpq_exp/report/page.html"} <= inside
+    pages = {f"tmpq_exp/report/{name}" for name in ("page.html", "page.js", "comparison.html", "style.css")}
+    assert weights | pages <= inside
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True, capture_output=True)
@@ -312,7 +322,13 @@ def test_a_sweep_leaves_one_directory_a_job(tmp_path: Path) -> None:
     assert [path.parent.name.split("_")[0] for path in reports] == ["0", "1", "2", "3"]
     for path, option in zip(reports, ("none", "f2", "f4", "f6"), strict=True):
         assert f"winograd={option}" in path.parent.name
-        assert json.loads(path.read_text(encoding="utf-8"))["best"]["bitops"] > 0
+        report = json.loads(path.read_text(encoding="utf-8"))
+        assert report["best"]["bitops"] > 0
+        assert report["environment"]["sweep"] == "sweep", "jobs of a sweep know whose they are"
+    compared = tmpq(tmp_path, "task=report", "runs=[sweep]", "hydra.run.dir=together")
+    assert compared.returncode == 0, compared.stderr
+    assert "winograd=f6" in compared.stdout
+    assert (tmp_path / "together" / "comparison.csv").read_text().count("\n") == 1 + 4 * 5
 
 
 def test_a_failing_job_does_not_stop_the_sweep(tmp_path: Path) -> None:

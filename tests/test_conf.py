@@ -179,11 +179,12 @@ BAD_VALUES = [
     ("cost.act_bits", "31", "2..16 or 32 (float)"),
     ("cost.scale", "paper", "exact or release"),
     ("objective.num_images", "1", "at least 2"),
+    ("objective.control_images", "1", "0 or at least 2"),
     ("evaluation.num_images", "1", "at least 2"),
     ("evaluation.num_finalists", "0", "at least 1"),
     ("evaluation.reference_steps", "0", "at least 1"),
     ("evaluation.micro_batch", "0", "at least 1"),
-    ("logger.name", "tensorboard", "wandb or none"),
+    ("logger.name", "mlflow", "wandb, csv, tensorboard or none"),
     ("logger.mode", "on", "offline, online or disabled"),
 ]
 

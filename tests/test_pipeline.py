@@ -34,12 +34,16 @@ from tmpq_exp.report import validate_report
 from tmpq_exp.zoo.weights import read_tensors
 
 SMOKE = ("tier=smoke", "logger=none", "num_threads=1")
+
+SCORE = "fd_digits_controlled"
+"""What the search ranks candidates by."""
 FILES = (
     *("config.yaml", "environment.json", "stages.json", "trials.jsonl", "supernet.safetensors"),
     *(
         "winograd_scales.json",
         "recipe.json",
         "recipe.safetensors",
+        "model_card.md",
         "report.json",
         "report.html",
         "pareto.png",
@@ -241,16 +245,19 @@ def test_baselines_are_scored_under_the_search_protocol_too(report: dict[str, An
 
 
 def test_the_winner_is_the_better_finalist(report: dict[str, Any], trials: list[dict[str, Any]]) -> None:
-    score: Callable[[Mapping[str, Any]], float] = lambda trial: trial["metrics"]["fd_digits"]  # noqa: E731
+    score: Callable[[Mapping[str, Any]], float] = lambda trial: trial["metrics"][SCORE]  # noqa: E731
     searched = sorted((t for t in trials if t["phase"] == "search"), key=score)
     selected = [t for t in trials if t["phase"] == "selection"]
-    assert [t["key"] for t in selected] == [t["key"] for t in (*searched[:2], searched[-1])]  # two, and the worst
-    assert Candidate.from_json(report["best"]["candidate"]).key() == min(selected[:2], key=score)["key"]
+    *finalists, worst = selected
+    assert [t["key"] for t in (*finalists[:2], worst)] == [t["key"] for t in (*searched[:2], searched[-1])]
+    (uniform,) = finalists[2:]
+    assert {b for a in uniform["candidate"]["allocations"] for b in a["act_bits"]} == {6}
+    assert Candidate.from_json(report["best"]["candidate"]).key() == min(finalists, key=score)["key"]
 
 
 def test_the_front_has_no_beaten_member(report: dict[str, Any], trials: list[dict[str, Any]]) -> None:
-    searched = [(t["bitops"], t["metrics"]["fd_digits"]) for t in trials if t["phase"] == "search"]
-    front = [(entry["bitops"], entry["metrics"]["fd_digits"]) for entry in report["front"]]
+    searched = [(t["bitops"], t["metrics"][SCORE]) for t in trials if t["phase"] == "search"]
+    front = [(entry["bitops"], entry["metrics"][SCORE]) for entry in report["front"]]
     for bitops, quality in front:
         assert not any((b <= bitops and q < quality) or (b < bitops and q <= quality) for b, q in searched)
     assert min(quality for _, quality in searched) == min(quality for _, quality in front)
@@ -288,7 +295,8 @@ def test_scales_of_another_run_are_used(smoke: Path, tmp_path: Path) -> None:
 
 FEW = (
     "space.num_inference_steps=2", "evaluation.reference_steps=2", "evaluation.micro_batch=8",
-    "evaluation.num_images=8", "evaluation.num_finalists=1", "objective.num_images=8", "search.population_size=4",
+    "evaluation.num_images=8", "evaluation.num_finalists=1", "objective.num_images=8",
+    "objective.control_images=8", "search.population_size=4",
     "search.num_crossovers=4", "winograd.report_tiles=[]", "winograd.learning.num_steps=1", "objective.proxy_images=8",
 )  # fmt: skip
 
@@ -336,14 +344,14 @@ def test_stages_and_environment_are_recorded(report: dict[str, Any], smoke: Path
 
 def test_evidence_agrees_with_the_trials(report: dict[str, Any], trials: list[dict[str, Any]]) -> None:
     evidence, searched = report["evidence"], [t for t in trials if t["phase"] == "search"]
-    scores = [trial["metrics"]["fd_digits"] for trial in searched]
+    scores = [trial["metrics"][SCORE] for trial in searched]
     assert evidence["progress"]["search"] == [min(scores[: i + 1]) for i in range(len(scores))]
     assert evidence["progress"]["random"] == []
     noise, best = evidence["score_noise"], Candidate.from_json(report["best"]["candidate"]).key()
     own = next(trial for trial in searched if trial["key"] == best)
     (other,) = [trial for trial in trials if trial["phase"] == "noise"]
     assert other["key"] == best
-    assert noise["scores"] == [own["metrics"]["fd_digits"], other["metrics"]["fd_digits"]]
+    assert noise["scores"] == [own["metrics"][SCORE], other["metrics"][SCORE]]
     low, high = noise["over_images"]["interval"]
     assert low < noise["scores"][0] < high
     correlations = {row["between"]: row for row in evidence["rank_correlation"]}

@@ -20,8 +20,8 @@ from tmpq_exp.cost import ConvShape, LayerShape, LinearShape
 from tmpq_exp.overrides import explain, is_bad_input
 from tmpq_exp.pricing import cost_content, price, summary_lines, winograd_content
 from tmpq_exp.quant.allocation import FLOAT_BITS
-from tmpq_exp.zoo.architecture import BareArchitecture
 from tmpq_exp.zoo.digits import DigitsDDPM
+from tmpq_exp.zoo.pipelines import PipelineModel
 from tmpq_exp.zoo.task import DiffusionModel, DiffusionTask, task_layers
 
 GMACS = {
@@ -51,9 +51,9 @@ def compose_config(*overrides: str, run_dir: str = "somewhere") -> Any:
 
 
 @cache
-def paper_model(name: str) -> BareArchitecture:
+def paper_model(name: str) -> PipelineModel:
     model = instantiate(to_config(compose_config(f"model={name}")).model)
-    assert isinstance(model, BareArchitecture)
+    assert isinstance(model, PipelineModel)
     return model
 
 
@@ -86,7 +86,7 @@ def test_macs_are_those_of_the_original_architecture(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_those_of_the_original_network(name: str) -> None:
-    settings = to_config(compose_config(f"model={name}")).model["unet"]
+    settings = to_config(compose_config(f"model={name}")).model["architecture"]["unet"]
     with torch.device("meta"):
         network = instantiate(settings)()
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
@@ -250,11 +250,11 @@ class LoadedOnly(DiffusionModel):
     ("overrides", "message"),
     [
         (["model=digits_classifier"], "model: digits_classifier makes no images and can only be trained"),
-        (["model=ldm_church", "model.sample_shape=[4,30,32]"], "multiples of 16, found"),
-        (["model=ldm_church", "model.sample_shape=[4,32]"], "model.sample_shape must be (C, H, W)"),
-        (["model=ldm_church", "model.unet.channels=200"], "num_channels"),
-        (["model=sd14", "model.context_shape=null"], "context tokens must have 768 channels, found None"),
-        (["model=sd14", "+model.unet.chanels=3"], "model.unet: got an unexpected keyword argument 'chanels'"),
+        (["model=ldm_church", "model.architecture.sample_shape=[4,30,32]"], "multiples of 16, found"),
+        (["model=ldm_church", "model.architecture.sample_shape=[4,32]"], "sample_shape must be (C, H, W)"),
+        (["model=ldm_church", "model.architecture.unet.channels=200"], "num_channels"),
+        (["model=sd14", "model.architecture.context_shape=null"], "context tokens must have 768 channels, found None"),
+        (["model=sd14", "+model.architecture.unet.chanels=3"], "unet: got an unexpected keyword argument 'chanels'"),
     ],
 )
 def test_what_cannot_be_priced_is_refused_before_a_directory_is_made(

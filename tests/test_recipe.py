@@ -125,7 +125,19 @@ def test_missing_and_no_json(tmp_path: Path, path: Path, task: DiffusionTask) ->
             apply_recipe(path, task)
 
 
-KEYS = ("schema", "model", "weights_hash", "micro_batch", "candidate", "layers", "quant", "winograd", "state")
+KEYS = (
+    "schema",
+    "model",
+    "weights_hash",
+    "source",
+    "packed",
+    "micro_batch",
+    "candidate",
+    "layers",
+    "quant",
+    "winograd",
+    "state",
+)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -135,7 +147,7 @@ def test_missing_keys_and_values_of_another_type_are_refused(path: Path, task: D
     with pytest.raises(ValueError, match=rf"recipe\.json is no recipe: it misses {key}"):
         apply_recipe(path, task)
     for value in (None, 1.5, [1], {"a": 1}):
-        if key == "model":  # only asked for without a task
+        if key in ("model", "source"):  # only asked for without a task
             continue
         path.write_text(json.dumps(recipe | {key: value}))
         with pytest.raises(ValueError, match=r"recipe\.json"):
@@ -156,7 +168,7 @@ def edit(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "message"),
     [
         (edit("weights_hash", value="0" * 16), "made for weights 0000000000000000"),
-        (edit("schema", value=3), "recipe schema 3"),
+        (edit("schema", value=2), "recipe schema 2"),
         (edit("layers", 0, value="other"), "layers of the recipe"),
         (edit("candidate", "timesteps", value=[1000, 5, 0]), r"timesteps must be in 0..999"),
         (edit("candidate", "timesteps", value=[9, 5, -1]), r"timesteps must be in 0..999"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from tmpq_exp.zoo.text_to_image import DigitsTextToImage
 def run(directory: Path, *overrides: str) -> None:
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir().resolve())):
-        composed = compose("config", ["task=train", f"paths.run_dir={directory}", "num_threads=1", *overrides])
+        composed = compose(
+            "config", ["task=train", f"paths.run_dir={directory}", "num_threads=1", "logger=csv", *overrides]
+        )
     resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(resolved, dict)
     train(to_config(composed), {str(key): value for key, value in resolved.items()})
@@ -34,6 +37,10 @@ def test_a_classifier_leaves_weights_statistics_and_card(tmp_path: Path, capsys:
     card = (tmp_path / "model_card.md").read_text()
     for fact in ("| seed | 0 |", "scikit-learn", "top-1 on held-out images", "training time", "final training loss"):
         assert fact in card
+    with (tmp_path / "csv" / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["step"] == "50"
+    assert 0 < float(row["train/loss"]) < 3
     written = (tmp_path / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     run(tmp_path, *overrides)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tmpq_exp.quantized_pipeline import load, save
     from tmpq_exp.recipe import CompressedModel, apply_recipe
 
 __version__ = "0.1.0"
-__all__ = ["CompressedModel", "__version__", "apply_recipe"]
+__all__ = ["CompressedModel", "__version__", "apply_recipe", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from tmpq_exp import recipe
 
         return getattr(recipe, name)
+    if name in ("load", "save"):
+        from tmpq_exp import quantized_pipeline
+
+        return getattr(quantized_pipeline, name)
     raise AttributeError(f"module 'tmpq_exp' has no attribute {name!r}")

@@ -14,9 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tmpq_exp.config import register_schema, to_config
-from tmpq_exp.overrides import explain, is_bad_input
-
-EXIT_UNEXPECTED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+from tmpq_exp.overrides import EXIT_INTERRUPTED, EXIT_UNEXPECTED, exit_status, explain, is_bad_input
 
 
 class SweepJobError(Exception):
@@ -82,7 +80,7 @@ def report_failure(error: Exception, run_dir: Path | None = None, name: str = ""
     """
     if is_bad_input(error):
         _say(name + explain(error, sys.argv[1:], conf_dir()))
-        return EXIT_BAD_INPUT
+        return exit_status(error)
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         _say(f"{name}{place}{error.strerror}; what was written before is kept, start again with the same hydra.run.dir")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from rich.console import Console
 from tmpq_exp.classification import BITS, Row, Study, allocation, evaluate, prepare, winograd_row
 from tmpq_exp.config import Config
 from tmpq_exp.metrics.accuracy import wilson_interval
-from tmpq_exp.pipeline import make_tracker
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.report.classification import SCHEMA, classification_table, write_classification_json
 from tmpq_exp.report.classification_page import classification_html
 from tmpq_exp.rundir import RunDirectory, writing
+from tmpq_exp.tracking import Job, classification_records, classification_results, finishing, open_tracker, say_notice
 from tmpq_exp.winograd.scales import (
     ScaleSet,
     write_scales,
@@ -43,19 +43,20 @@ def classify(config: Config, resolved: dict[str, Any]) -> None:
     with writing(Path(config.paths.run_dir)):
         run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
         study = prepare(config, run)
-        learned: dict[str, dict[str, Any]] = {}
-        rows = [Row("float", FLOAT_BITS), Row("direct_w8a8", BITS)]
-        rows += [winograd_row(study, variant, learned) for variant in config.classification.rows()]
-        figures = evaluate(study, rows)
-        report = assemble(study, rows, figures, learned)
-        write_classification_json(run.report_json, report)
-        classification_html(run.report_html, report)
-        tracker = make_tracker(config, resolved, run, [])
-        for index, record in enumerate(_records(report)):
-            tracker.log_trial({"index": index, "phase": "classify", **record})
-        tracker.finish()
+        tracker = open_tracker(config.logger, Job.of_directory(run.path, "classify", resolved))
+        with finishing(tracker):
+            learned: dict[str, dict[str, Any]] = {}
+            rows = [Row("float", FLOAT_BITS), Row("direct_w8a8", BITS)]
+            rows += [winograd_row(study, variant, learned) for variant in config.classification.rows()]
+            report = assemble(study, rows, evaluate(study, rows), learned)
+            write_classification_json(run.report_json, report)
+            classification_html(run.report_html, report)
+            for record in classification_records(report):
+                tracker.log_trial(record)
+            tracker.log_results(classification_results(report))
     Console().print(classification_table(report))
     print(f"report  {run.report_html}")
+    say_notice(tracker)
 
 
 def assemble(
@@ -149,9 +150,3 @@ def _tile(
         "ineligible_layers": [{"name": name, "reason": reason} for name, reason in study.ineligible.items()],
         "sqnr_db": {kind: _median(figures[name]) if name in figures else None for kind, name in names.items()},
     }
-
-
-def _records(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for entry, detail in zip(report["classification"], report["details"], strict=True):
-        costs = {name: detail[name] for name in ("bitops", "macs", "weight_bytes")}
-        yield {"name": entry["name"], **costs, "metrics": {name: entry[name] for name in ("top1", "sqnr_db")}}

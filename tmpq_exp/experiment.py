@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tmpq_exp.diffusion.schedule import (
     timestep_groups,
 )
 from tmpq_exp.measuring import chosen_metrics
+from tmpq_exp.metrics.frechet import FrechetMetric
 from tmpq_exp.metrics.metric import Metric, Place
 from tmpq_exp.progress import StageProgress
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
@@ -30,7 +32,7 @@ from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.recipe import read_candidate
 from tmpq_exp.rundir import RunDirectory, bad_input, digest
 from tmpq_exp.search.algorithm import Search
-from tmpq_exp.search.objective import Objective, Protocol
+from tmpq_exp.search.objective import Control, Objective, Protocol
 from tmpq_exp.search.random import RandomSearch
 from tmpq_exp.search.space import BitsPerStep, SearchSpace
 from tmpq_exp.search.trials import Trial, TrialLog
@@ -87,6 +89,7 @@ class Experiment:
     further: tuple[Metric, ...] = ()
     warnings: tuple[str, ...] = ()
     calibration: list[dict[str, Any]] = field(default_factory=list)
+    _objectives: dict[tuple[Any, ...], Objective] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
@@ -130,9 +133,12 @@ class Experiment:
         Raises:
             UserError: If a reference image cannot be read, or has another size than the others.
         """
+        waiting = [metric for metric in (self.metric, *self.further) if not metric.is_ready]
+        if not waiting:
+            return
         place = Place(self.device, Path(self.config.paths.cache_dir))
         with self.timed("references"), bad_input():
-            for metric in (self.metric, *self.further):
+            for metric in waiting:
                 metric.make_ready(place)
 
     @property
@@ -179,6 +185,8 @@ class Experiment:
     ) -> Objective:
         """Objective on the image stream of this name; a Trainer's stage may have left the network on the CPU.
 
+        Those of the supernet are made once: stages that look at the same images share what stands beside them.
+
         Args:
             stream: Name of the image stream; that of ``search`` follows the search's seed.
             num_images: Images a candidate.
@@ -186,12 +194,15 @@ class Experiment:
             arguments: Further ones of ``Objective``.
         """
         module = (module or self.module).to(self.device)
+        key = (stream, num_images, *sorted(arguments.items()))
+        if module is self.module and key in self._objectives:
+            return self._objectives[key]
         seed = self.search_seed if stream == "search" else self.config.seed
         config = self.config.evaluation
         protocol = Protocol(num_images, stream_seed(seed, stream), config.micro_batch, config.paired_images)
         state = content_hash(module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
-        return Objective(
+        objective = Objective(
             module,
             self.metric,
             protocol,
@@ -200,8 +211,21 @@ class Experiment:
             reference_candidate=self.baselines()["float_reference"],
             state=digest([asdict(self.config.quant), state, scales]),
             on_trial=self.on_trial,
+            control=self.control if stream != "final" else None,
             **arguments,
         )
+        if module is self.module:
+            self._objectives[key] = objective
+        return objective
+
+    @cached_property
+    def control(self) -> Control | None:
+        """The float model at K steps; None without control variate, or where the metric is no Frechet distance."""
+        num_images = self.config.objective.control_images
+        if num_images == 0 or not isinstance(self.metric, FrechetMetric):
+            return None
+        protocol = Protocol(num_images, stream_seed(self.config.seed, "control"), self.config.evaluation.micro_batch)
+        return Control(self.module, self.metric, self.uniform(self.seed_timesteps(), FLOAT_BITS, FLOAT_BITS), protocol)
 
 
 def stage_trainer(
@@ -302,8 +326,7 @@ def _search_space(config: Config, task: DiffusionTask, layers: tuple[LayerShape,
     num_steps = range(space.min_steps or len(groups), (space.max_steps or len(groups)) + 1)
     steps_per_group = (space.min_steps_per_group, space.max_steps_per_group)
     if not space.search_timesteps:
-        standing = (standing_timestep(group, task.spacing) for group in groups)
-        groups = tuple(range(timestep, timestep + 1) for timestep in standing)
+        groups = tuple(range(t, t + 1) for t in (standing_timestep(group, task.spacing) for group in groups))
     elif space.groups == "free":
         groups, steps_per_group = (range(num_train_timesteps),), (0, num_train_timesteps)
     softmax = (config.quant.softmax_bits,)
@@ -352,7 +375,8 @@ def _budget_bitops(experiment: Experiment) -> int:
 
 
 def make_search(experiment: Experiment) -> Search:
-    """The search algorithm, seeded with the schedule of the budget at the budget's bits where the space has them.
+    """The search algorithm, seeded with the schedule of the budget: at its bits where the space has them, and with bits
+    that are lowered from the highest where layers cost most.
 
     Raises:
         ValueError: If the budget is below the cheapest candidate, or a setting of the search is out of range.
@@ -363,6 +387,7 @@ def make_search(experiment: Experiment) -> Search:
     if space.steps.contains(timesteps):
         if budget.weight_bits in config.space.weight_bits and budget.act_bits in config.space.act_bits:
             seeds.append(space.uniform(timesteps, budget.weight_bits, budget.act_bits))
+        seeds.append(space.uniform(timesteps, max(config.space.weight_bits), max(config.space.act_bits)))
         if experiment.tile_rule is not None:
             seeds.append(replace(experiment.tile_rule, timesteps=timesteps))
     seeds = [seed for seed in seeds if space.contains(seed)][: config.search.get("population_size")]

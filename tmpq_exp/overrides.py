@@ -19,6 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tmpq_exp.config import UserError
 
+EXIT_UNEXPECTED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def exit_status(error: BaseException) -> int:
+    """Exit status of a job that ended with this error."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_BAD_INPUT if is_bad_input(error) else EXIT_UNEXPECTED
+
 
 def is_bad_input(error: BaseException) -> bool:
     """Whether the user can set right what raised this error: a refused override, or a value one of our checks refused.

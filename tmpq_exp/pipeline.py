@@ -12,6 +12,7 @@ from rich.console import Console
 from tmpq_exp.calibrating import calibrate
 from tmpq_exp.config import Config
 from tmpq_exp.experiment import Experiment, prepare
+from tmpq_exp.forecast import say_forecast
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.recipe import apply_recipe, write_recipe
@@ -21,7 +22,7 @@ from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.stages import Shipped, evaluate, search, select, specialize
 from tmpq_exp.tiling import winograd_scales
-from tmpq_exp.tracking import NullTracker, Tracker, WandbTracker
+from tmpq_exp.tracking import Job, NullTracker, Tracker, finishing, open_tracker, run_results, say_notice
 from tmpq_exp.weighing import weigh
 
 
@@ -44,10 +45,12 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
 
         tracker: Tracker = NullTracker()
         experiment = prepare(config, directory, trials, on_trial=lambda trial: tracker.log_trial(asdict(trial)))
-        tracker = make_tracker(config, resolved, directory, trials.trials)
         for warning in experiment.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        try:
+        say_forecast(experiment)
+        job = Job.of_directory(directory.path, "run", resolved)
+        tracker = open_tracker(config.logger, job, map(asdict, trials.trials))
+        with finishing(tracker):
             experiment.ready_metrics()
             calibrate(experiment)
             winograd = winograd_scales(experiment)
@@ -71,37 +74,14 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
             rows = sample_rows(experiment, shipped, final_objective.protocol.seed)
             records = picture_records(experiment, search_objective)
             _write_pages(directory, report, records, rows, winner)
-            tracker.log_summary(report)
-            tracker.log_images([directory.pareto, directory.samples])
-        except BaseException:
-            tracker.finish(exit_code=1)
-            raise
-        tracker.finish()
+            tracker.log_results(run_results(directory, [asdict(trial) for trial in trials.trials], report))
     console = Console()
     console.print(summary_table(report))
     further = further_table(report)
     if further is not None:
         console.print(further)
     print(f"report  {directory.report_html}\nrecipe  {directory.recipe}")
-
-
-def make_tracker(config: Config, resolved: dict[str, Any], directory: RunDirectory, recorded: list[Trial]) -> Tracker:
-    """Tracker of the logger group; what a killed run had recorded is logged again, so that one run holds all."""
-    if config.logger.name == "none":
-        return NullTracker()
-    tracker = WandbTracker(
-        project=config.logger.project,
-        mode=config.logger.mode,
-        directory=directory.path,
-        group=config.logger.group,
-        job_type="run",
-        tags=config.logger.tags,
-        config=resolved,
-        name=directory.path.name,
-    )
-    for trial in recorded:
-        tracker.log_trial(asdict(trial))
-    return tracker
+    say_notice(tracker)
 
 
 def _ship(experiment: Experiment, shipped: Shipped, trial: Trial) -> None:
@@ -130,7 +110,7 @@ def _write_pages(
     pareto_png(
         directory.pareto,
         records,
-        metric=report["metric"],
+        metric=report["search"]["metric"],
         budget_bitops=report["budget"]["bitops"],
         budget_name=report["budget"]["name"],
         best_key=winner.key(),

@@ -2,7 +2,9 @@
 
 ``recipe.json`` holds the kept timesteps, the allocation and the Winograd scales; ``recipe.safetensors`` beside it holds
 scales, zero points and learned roundings at the chosen bits. No weights: they are the float model's, named by their
-hash. A recipe from a stranger is data only, nothing in it is imported, evaluated or unpickled.
+hash. A *packed* recipe (``save_packed``) needs no float U-Net: its safetensors file holds the integers of the weights,
+at as many bits as they have, and in float what is not quantized. A recipe from a stranger is data only, nothing in it
+is imported, evaluated or unpickled, and no file outside of its folder is read.
 """
 
 from __future__ import annotations
@@ -18,19 +20,25 @@ import torch
 from torch import Tensor, nn
 
 from tmpq_exp.config import QuantConfig, QuantizerConfig
+from tmpq_exp.files import replace_file
+from tmpq_exp.model_card import model_card
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
+from tmpq_exp.quant.packed import PackedState
 from tmpq_exp.quant.primitives import integer_range
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import write_json
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.scales import ScaleSet
 from tmpq_exp.zoo.cifar import CifarDDPM
+from tmpq_exp.zoo.conditioning import Prompts
 from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.embedded import EmbeddedDDPM
+from tmpq_exp.zoo.pipeline_folder import is_hub_id
+from tmpq_exp.zoo.pipelines import PipelineModel
 from tmpq_exp.zoo.task import DiffusionTask, task_layers
-from tmpq_exp.zoo.weights import read_tensors, write_tensors
+from tmpq_exp.zoo.weights import fill, read_tensors, write_tensors
 
-RECIPE_SCHEMA = 2
+RECIPE_SCHEMA = 3
 EMBEDDED_MODELS: dict[str, type[EmbeddedDDPM]] = {model.name: model for model in (DigitsDDPM, CifarDDPM)}
 """Models that a recipe may name; for any other one ``apply_recipe`` is given the float task."""
 
@@ -44,11 +52,18 @@ class CompressedModel:
         module: Supernet that holds the chosen bits only.
         micro_batch: Images a forward; images are bit-equal to the run's at this micro-batch and the same number of
             threads.
+        recipe: Content of ``recipe.json``.
     """
 
     candidate: Candidate
     module: SupernetModule
     micro_batch: int
+    recipe: Mapping[str, Any]
+
+    @property
+    def task(self) -> DiffusionTask:
+        """The float task; its U-Net holds the integers' values where the recipe is packed."""
+        return self.module.task
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -86,7 +101,7 @@ def write_recipe(
     micro_batch: int,
     evidence: Mapping[str, Any],
 ) -> None:
-    """Write a candidate of a run's supernet as a recipe.
+    """Write a candidate of a run's supernet as a recipe, with its model card ``model_card.md`` beside it.
 
     Args:
         path, state_path: ``recipe.json`` and the safetensors file beside it.
@@ -109,6 +124,8 @@ def write_recipe(
         "schema": RECIPE_SCHEMA,
         "model": module.task.name,
         "weights_hash": module.task.weights_hash,
+        "source": _source(module.task),
+        "packed": False,
         "sampler": _sampler(module.task),
         "micro_batch": micro_batch,
         "candidate": candidate.to_json(),
@@ -119,10 +136,11 @@ def write_recipe(
             for m, (spec, scales) in winograd.items()
             if m in tiles
         },
-        "state": {"file": state_path.name, "sha256": hashlib.sha256(state_path.read_bytes()).hexdigest()},
+        "state": _state_entry(state_path),
         "evidence": evidence,
     }
     write_json(path, recipe)
+    replace_file(path.with_name("model_card.md"), model_card(recipe).encode())
 
 
 def bit_choices(candidate: Candidate) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -134,12 +152,16 @@ def bit_choices(candidate: Candidate) -> tuple[list[tuple[int, ...]], list[tuple
     return used([a.weight_bits for a in candidate.allocations]), used([a.act_bits for a in candidate.allocations])
 
 
-def apply_recipe(path: str | Path, task: DiffusionTask | None = None) -> CompressedModel:
+def apply_recipe(
+    path: str | Path, task: DiffusionTask | None = None, *, pipeline: str | None = None
+) -> CompressedModel:
     """Compress the float model by a recipe.
 
     Args:
         path: ``recipe.json``; its safetensors file is looked for beside it.
-        task: The float task; None takes the embedded model that the recipe names.
+        task: The float task; None takes the embedded model that the recipe names, or the pipeline.
+        pipeline: Folder or hub id of the float pipeline that the recipe was made of; None takes the hub id in the
+            recipe, if there is one. A packed recipe needs neither.
 
     Returns:
         The compressed model; at the run's seed its images are bit-equal to the run's best candidate's.
@@ -150,13 +172,51 @@ def apply_recipe(path: str | Path, task: DiffusionTask | None = None) -> Compres
     path = Path(path)
     recipe = _read(path)
     try:
-        return _apply(path, recipe, task)
+        return _apply_packed(path, recipe) if recipe["packed"] is True else _apply(path, recipe, task, pipeline)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is damaged: {error!r} while reading it") from error
     except ValueError as error:
         if str(path.parent) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
+
+
+def save_packed(model: CompressedModel, folder: str | Path) -> Path:
+    """Write a compressed model into a folder of its own, without float weights where they are quantized.
+
+    Args:
+        model: What ``apply_recipe`` gave.
+        folder: Made if it is missing; ``recipe.json``, ``recipe.safetensors`` and a model card are written, and for a
+            pipeline its other parts.
+
+    Returns:
+        Path of the written ``recipe.json``; ``apply_recipe`` gives bit-equal images from it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    task = model.task
+    if isinstance(task.origin, PipelineModel):
+        task.origin.folder().copy_parts(folder)
+    state_path, path = folder / "recipe.safetensors", folder / "recipe.json"
+    state = PackedState.of(model.module.supernet, task.unet, model.candidate)
+    write_tensors(state_path, state.tensors(), {"model": task.name})
+    recipe = {**model.recipe, "packed": True, "state": _state_entry(state_path)}
+    write_json(path, recipe)
+    replace_file(folder / "README.md", model_card(recipe).encode())
+    return path
+
+
+def _apply_packed(path: Path, recipe: Mapping[str, Any]) -> CompressedModel:
+    """A model whose U-Net comes from the recipe's folder alone."""
+    state = PackedState.from_tensors(_read_state(path, recipe))
+    origin = _origin(path, recipe, str(path.parent))
+    network = origin.folder().bare_unet() if isinstance(origin, PipelineModel) else origin.architecture()
+    fill(network, state.blank_weights(network), path.parent, recipe["model"])
+    network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    task = origin.task(network) if isinstance(origin, PipelineModel) else origin.wrap(network)
+    model = _compressed(path, recipe, task, state.quantizers)
+    state.keep_integers(model.module.supernet, model.candidate)
+    return model
 
 
 def read_candidate(path: Path, layers: Sequence[str]) -> Candidate:
@@ -174,19 +234,20 @@ def read_candidate(path: Path, layers: Sequence[str]) -> Candidate:
     return candidate
 
 
-def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) -> CompressedModel:
-    if task is None:
-        if recipe["model"] not in EMBEDDED_MODELS:
-            raise ValueError(
-                f"{path}: the recipe is for model {recipe['model']!r}, which is not embedded "
-                f"({', '.join(EMBEDDED_MODELS)}); give its float task"
-            )
-        task = EMBEDDED_MODELS[recipe["model"]]().task()
+def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None, pipeline: str | None) -> CompressedModel:
+    task = task or _origin(path, recipe, pipeline).task()
     if task.weights_hash != recipe["weights_hash"]:
         raise ValueError(
             f"{path}: the recipe was made for weights {recipe['weights_hash']}, "
             f"the float model given ({task.name}) has {task.weights_hash}"
         )
+    return _compressed(path, recipe, task, _read_state(path, recipe))
+
+
+def _compressed(
+    path: Path, recipe: Mapping[str, Any], task: DiffusionTask, state: Mapping[str, Tensor]
+) -> CompressedModel:
+    """The model of a task under a recipe, with these quantizers."""
     if recipe["sampler"] != _sampler(task):
         raise ValueError(f"{path}: the recipe was made for sampler {recipe['sampler']}, the task has {_sampler(task)}")
     layers = task_layers(task)
@@ -197,12 +258,7 @@ def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) ->
     if type(micro_batch) is not int or micro_batch < 1:
         raise ValueError(f"micro_batch must be an integer of at least 1, found {micro_batch!r}")
     module = SupernetModule(task, layers, *bit_choices(candidate), _quant_config(recipe["quant"]))
-    state_path = path.parent / Path(recipe["state"]["file"]).name  # a name, never a path out of the recipe's folder
-    state, _ = read_tensors(state_path, "quantizer state of the recipe")
-    found = hashlib.sha256(state_path.read_bytes()).hexdigest()
-    if found != recipe["state"]["sha256"]:
-        raise ValueError(f"{state_path} is not the file that {path.name} was written with (SHA-256 {found[:16]}...)")
-    module.supernet.load_quantizer_state(state, str(state_path))
+    module.supernet.load_quantizer_state(state, str(path.parent / "recipe.safetensors"))
     module.supernet.set_winograd(
         {
             int(m): (WinogradSpec(**entry["spec"]), ScaleSet.from_json(entry["scales"]))
@@ -212,7 +268,49 @@ def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None) ->
     for allocation in candidate.allocations:
         with module.supernet.subnet(allocation):
             pass  # every tile is one that its layer can take
-    return CompressedModel(candidate, module, micro_batch)
+    return CompressedModel(candidate, module, micro_batch, recipe)
+
+
+def _origin(path: Path, recipe: Mapping[str, Any], pipeline: str | None) -> PipelineModel | EmbeddedDDPM:
+    """The option of the model group that makes the float task."""
+    source = recipe["source"]
+    if source["kind"] == "pipeline":
+        found = pipeline or source["hub"]
+        if found is None:
+            raise ValueError(f"{path}: the recipe is for a pipeline ({recipe['model']}); give its folder: pipeline=...")
+        if pipeline is None and not is_hub_id(found):
+            raise ValueError(f"{path}: source.hub must be a hub id (owner/name) and no other path, found {found!r}")
+        prompts = [""] if source["text"] else None  # callers of the pipeline bring their own
+        return PipelineModel(str(recipe["model"]), str(found), prompts=prompts, **source["settings"])
+    if recipe["model"] not in EMBEDDED_MODELS:
+        raise ValueError(
+            f"{path}: the recipe is for model {recipe['model']!r}, which is not embedded "
+            f"({', '.join(EMBEDDED_MODELS)}); give its float task"
+        )
+    return EMBEDDED_MODELS[recipe["model"]]()
+
+
+def _source(task: DiffusionTask) -> dict[str, Any]:
+    """How the float task is made again, without paths."""
+    origin = task.origin
+    if not isinstance(origin, PipelineModel):
+        return {"kind": "task"}
+    text = isinstance(task.conditions, Prompts)
+    return {"kind": "pipeline", "hub": origin.hub_id(), "text": text, "settings": origin.settings()}
+
+
+def _read_state(path: Path, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors beside a recipe, the ones it was written with."""
+    state_path = path.parent / Path(recipe["state"]["file"]).name  # a name, never a path out of the recipe's folder
+    state, _ = read_tensors(state_path, "quantizer state of the recipe")
+    found = hashlib.sha256(state_path.read_bytes()).hexdigest()
+    if found != recipe["state"]["sha256"]:
+        raise ValueError(f"{state_path} is not the file that {path.name} was written with (SHA-256 {found[:16]}...)")
+    return state
+
+
+def _state_entry(state_path: Path) -> dict[str, str]:
+    return {"file": state_path.name, "sha256": hashlib.sha256(state_path.read_bytes()).hexdigest()}
 
 
 def _sampler(task: DiffusionTask) -> dict[str, Any]:
@@ -243,6 +341,8 @@ def _read(path: Path) -> dict[str, Any]:
         "schema",
         "model",
         "weights_hash",
+        "source",
+        "packed",
         "sampler",
         "micro_batch",
         "candidate",
@@ -256,6 +356,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no recipe: it misses {', '.join(missing)}")
     if recipe["schema"] != RECIPE_SCHEMA:
         raise ValueError(f"{path}: recipe schema {recipe['schema']!r}, this version reads {RECIPE_SCHEMA}")
+    if not isinstance(recipe["packed"], bool):
+        raise ValueError(f"{path}: packed must be true or false, found {recipe['packed']!r}")
     return recipe
 
 

@@ -102,18 +102,26 @@ def assemble_report(
         },
         "metric": metric,
         "further": [
-            {"name": name, "fingerprint": final_objective.further_fingerprints[name], "fingerprint_parts": parts}
-            for name, parts in final_objective.further_parts.items()
+            {
+                "name": metric.name,
+                "higher_is_better": metric.higher_is_better,
+                "fingerprint": final_objective.further_fingerprints[metric.name],
+                "fingerprint_parts": final_objective.further_parts[metric.name],
+            }
+            for metric in final_objective.further
         ],
         "num_train_timesteps": experiment.task.num_train_timesteps,
         "budget": {"bitops": experiment.budget_bitops, "name": _budget_name(experiment)},
         "baselines": [entry(finals[name], name, weighted, experiment.cost) for name in baselines],
         "best": best,
-        "front": [entry(trial, trial.key, weighted, experiment.cost) for trial in front(searched, metric)],
+        "front": [
+            entry(trial, trial.key, weighted, experiment.cost) for trial in front(searched, search_objective.score.name)
+        ],
         "calibration": experiment.calibration,
         "winograd": [{key: value for key, value in tile.items() if key != "scales"} for tile in winograd],
         "winograd_choice": _winograd_choice(experiment, winner),
         "search": {
+            "metric": search_objective.score.name,
             "num_evaluations": len(searched),
             "num_reused": sum(trial.source is not None for trial in searched),
             "num_proxy_evaluations": len(experiment.trials.of_phase("proxy")),

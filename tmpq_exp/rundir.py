@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
@@ -30,7 +32,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
-VOLATILE_KEYS = ("logger", "paths")
+VOLATILE_KEYS = ("logger", "paths", "runs")
 """Parts of the configuration that do not change results; a run may be resumed with others."""
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -179,6 +181,9 @@ _FILES = {
     "samples": "samples.png",
     "pareto": "pareto.png",
     "wandb": "wandb",
+    "comparison_html": "comparison.html",
+    "comparison_csv": "comparison.csv",
+    "forecast": "forecast.json",
     "weights": "model.safetensors",
     "reference": "reference.safetensors",
     "model_card": "model_card.md",
@@ -269,11 +274,19 @@ def git_commit() -> str | None:
         return None
 
 
+def sweep_name() -> str | None:
+    """Name of the directory of the sweep that this job belongs to; None outside a sweep."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return Path(HydraConfig.get().sweep.dir).name
+
+
 def describe_environment() -> dict[str, Any]:
-    """Command, commit, versions and hardware of this process."""
+    """Command, commit, sweep, versions and hardware of this process."""
     return {
         "command": " ".join(sys.argv),
         "commit": git_commit(),
+        "sweep": sweep_name(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 
 from tmpq_exp.calibrating import recalibrated
@@ -45,12 +47,15 @@ def search(experiment: Experiment) -> tuple[Search, Objective]:
 def select(experiment: Experiment, algorithm: Search) -> Candidate:
     """The winner: the best of the finalists on images the search never saw.
 
+    Finalists are the best of the search and what it started from, uniform bits at the budget.
+
     Raises:
         UserError: If no candidate of the search could be scored.
     """
     finalists = [scored.candidate for scored in algorithm.top(experiment.config.evaluation.num_finalists)]
     if not finalists:
         raise UserError("every candidate of the search failed; trials.jsonl says why under 'error'")
+    finalists += [c for c in algorithm.seed_candidates if c not in finalists and algorithm.budget.is_feasible(c)]
     if len(finalists) == 1:
         return finalists[0]
     objective = experiment.objective("selection", experiment.selection_images)
@@ -59,7 +64,7 @@ def select(experiment: Experiment, algorithm: Search) -> Candidate:
         for candidate in finalists:
             trials.append(objective.evaluate(candidate, "selection"))
             bar.advance()
-    best = min(range(len(finalists)), key=lambda i: trials[i].score(experiment.metric.name))
+    best = min(range(len(finalists)), key=lambda i: trials[i].score(objective.score.name))
     return finalists[best]
 
 
@@ -71,7 +76,7 @@ class Shipped:
         candidate: The winner.
         module: The supernet, or a network calibrated for the winner's own bits.
         other: The one of the two that is not shipped; None if nothing was calibrated again.
-        selection: ``supernet`` and ``recalibrated`` -> the metric on the selection's images; empty if nothing was.
+        selection: ``supernet`` and ``recalibrated`` -> the score on the selection's images; empty if nothing was.
     """
 
     candidate: Candidate
@@ -91,7 +96,7 @@ def specialize(experiment: Experiment, winner: Candidate) -> Shipped:
         for name, module in modules.items():
             objective = experiment.objective("selection", experiment.selection_images, module)
             trials[name] = objective.evaluate(winner, "selection")
-    metric = experiment.metric.name
+    metric = objective.score.name
     found = {name: trial.metrics.get(metric) for name, trial in trials.items()}
     if trials["recalibrated"].score(metric) < trials["supernet"].score(metric):
         return Shipped(winner, own, experiment.module, found)
@@ -109,7 +114,7 @@ def evaluate(experiment: Experiment, shipped: Shipped) -> tuple[dict[str, Trial]
         for name, (candidate, module) in named.items():
             objective = final_objective(experiment, module)
             predict = partial(_predict, experiment, module, objective, name)
-            trials[name] = objective.evaluate(candidate, "final", name=name, images=predict)
+            trials[name] = objective.evaluate(candidate, "final", name=name, feed=predict)
     return trials, final_objective(experiment, shipped.module)
 
 
@@ -122,12 +127,30 @@ def final_objective(experiment: Experiment, module: SupernetModule) -> Objective
 
 
 def _predict(
-    experiment: Experiment, module: SupernetModule, objective: Objective, name: str, candidate: Candidate
-) -> list[Tensor]:
-    """Images of the objective's protocol, made by a Trainer."""
+    experiment: Experiment,
+    module: SupernetModule,
+    objective: Objective,
+    name: str,
+    candidate: Candidate,
+    take: Callable[[Tensor], None],
+) -> None:
+    """Images of the objective's protocol, made by a Trainer and handed on where they are; none is kept."""
     batches = objective.protocol.micro_batches()
     trainer = experiment.trainer(f"evaluate {name}", len(batches))
+    trainer.callbacks.append(_HandingOn(take))  # type: ignore[attr-defined]
     with module.requesting(candidate, batches, objective.protocol.seed):
-        images: Any = trainer.predict(module, range(len(batches)))
+        trainer.predict(module, range(len(batches)), return_predictions=False)
     module.to(experiment.device)
-    return list(images)
+
+
+class _HandingOn(L.Callback):
+    """Gives every predicted batch to a function."""
+
+    def __init__(self, take: Callable[[Tensor], None]) -> None:
+        self._take = take
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any, **__: Any
+    ) -> None:
+        """See ``_HandingOn``."""
+        self._take(outputs)

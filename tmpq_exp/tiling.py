@@ -41,6 +41,9 @@ from tmpq_exp.winograd.transform import closed_form_scales, ineligible_reason, r
 REPORTED_BITS = 8
 """Bits of all Winograd stages behind the reported SQNR."""
 
+STATES_FOR_SCALES = 8
+"""Images of the float trajectory on which scales are judged."""
+
 PICTURE_STREAM = 2
 """Stream of the noise behind the report's picture of stages."""
 
@@ -215,9 +218,9 @@ def _conv_weight(network: nn.Module, name: str) -> ConvWeight:
 
 @torch.inference_mode()
 def _layer_inputs(experiment: Experiment, names: list[str]) -> dict[str, Tensor]:
-    """Inputs of these layers on eight states in the middle of a float trajectory."""
+    """Inputs of these layers on a few states in the middle of a float trajectory."""
     num_timesteps = experiment.config.calibration.num_timesteps
-    states = trajectory_states(experiment.task, 8, num_timesteps, 0)
+    states = trajectory_states(experiment.task, STATES_FOR_SCALES, num_timesteps, 0)
     state = states[len(states) // 2]
     found: dict[str, Tensor] = {}
     network = experiment.task.unet

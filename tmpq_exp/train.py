@@ -25,6 +25,7 @@ from tmpq_exp.progress import StageProgress, quiet_lightning
 from tmpq_exp.report import samples_png
 from tmpq_exp.rundir import RunDirectory, bad_input, describe_environment
 from tmpq_exp.seeding import stream_seed
+from tmpq_exp.tracking import Job, Results, Tracker, TrainingCurve, finishing, open_tracker, say_notice
 from tmpq_exp.zoo.clip import ContrastiveNetwork, retrieval_percent
 from tmpq_exp.zoo.embedded import FeatureClassifier
 from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel
@@ -64,13 +65,22 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     if not isinstance(data, ImageData):
         raise UserError(f"data: {type(data).__name__} holds no training images; choose digits or cifar10")
     _check_fit(config, model, data)
+    tracker = open_tracker(config.logger, Job.of_directory(run.path, "train", resolved))
+    with finishing(tracker):
+        card = _train(config, model, data, run, tracker)
+    print(f"{card}\nweights     {run.weights}\nmodel card  {run.model_card}")
+    say_notice(tracker)
+
+
+def _train(config: Config, model: TrainableModel, data: ImageData, run: RunDirectory, tracker: Tracker) -> str:
+    """Train, assess and save; returns the model card."""
     module = model.training_module()
     num_steps = module.recipe.num_steps
     checkpoint = ModelCheckpoint(run.path, filename="last", save_top_k=1, every_n_train_steps=CHECKPOINT_EVERY_STEPS)
     trainer = instantiate(config.trainer)(
         max_steps=num_steps,
         enable_checkpointing=True,
-        callbacks=[checkpoint, StageProgress(f"train {model.name}", num_steps)],
+        callbacks=[checkpoint, StageProgress(f"train {model.name}", num_steps), TrainingCurve(tracker)],
         gradient_clip_val=module.recipe.gradient_clip,
         limit_val_batches=0,
         default_root_dir=run.path,
@@ -95,9 +105,10 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
         "final training loss": f"{float(module.final_loss):.5f}",
         **{name: f"{value:.3f}" for name, value in _assess(config, model, module, network, data, run).items()},
     }
-    replace_file(run.model_card, _model_card(model, module, facts).encode())
-    print(run.model_card.read_text(encoding="utf-8"))
-    print(f"weights     {run.weights}\nmodel card  {run.model_card}")
+    card = _model_card(model, module, facts)
+    replace_file(run.model_card, card.encode())
+    tracker.log_results(Results(facts, [run.samples] if run.samples.exists() else []))
+    return card
 
 
 def _check_fit(config: Config, model: TrainableModel, data: ImageData) -> None:

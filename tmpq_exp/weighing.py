@@ -28,7 +28,7 @@ def weigh(experiment: Experiment, algorithm: Search, objective: Objective, winne
     Returns:
         The ``evidence`` of the report; see ``tmpq_exp.report.EVIDENCE_KEYS``.
     """
-    config, metric = experiment.config.evaluation, experiment.metric.name
+    config, metric = experiment.config.evaluation, objective.score.name
     searched = [t for t in experiment.trials.of_phase("search") if objective.covers(t)]
     scores = {trial.key: trial.score(metric) for trial in searched}
     with experiment.timed("weigh"):
@@ -66,7 +66,7 @@ def _progress(metric: str, trials: Sequence[Trial]) -> list[float | None]:
 
 def _score_noise(experiment: Experiment, objective: Objective, winner: Candidate) -> dict[str, Any]:
     """The winner's score as the search measured it, its interval over images, and the same on other seeds."""
-    config, metric = experiment.config.evaluation, experiment.metric.name
+    config, metric = experiment.config.evaluation, objective.score.name
     own = objective.evaluate(winner, "search")
     others = []
     with StageBar("noise of the score", config.noise_seeds) as bar:
@@ -96,7 +96,7 @@ def _score_again(experiment: Experiment, algorithm: Search) -> dict[str, float]:
     scores = {}
     with StageBar("check of the ranking", len(chosen)) as bar:
         for key in chosen:
-            scores[key] = objective.evaluate(ranked[key], "selection").score(experiment.metric.name)
+            scores[key] = objective.evaluate(ranked[key], "selection").score(objective.score.name)
             bar.advance()
     return scores
 
@@ -109,7 +109,7 @@ def _recalibrated_scores(experiment: Experiment, algorithm: Search, objective: O
     for key in chosen:
         module = recalibrated(experiment, ranked[key])
         again = experiment.objective("search", objective.protocol.num_images, module)
-        scores[key] = again.evaluate(ranked[key], "recalibrated").score(experiment.metric.name)
+        scores[key] = again.evaluate(ranked[key], "recalibrated").score(again.score.name)
     return scores
 
 

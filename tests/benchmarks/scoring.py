@@ -13,7 +13,8 @@ import torch
 from tmpq_exp.config import CalibrationConfig, QuantConfig
 from tmpq_exp.cost import AttentionShape, CostModel
 from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
-from tmpq_exp.metrics.frechet import FeatureStatistics, digits_frechet, frechet_distance
+from tmpq_exp.metrics.frechet import digits_frechet, frechet_distance
+from tmpq_exp.metrics.statistics import FeatureStatistics
 from tmpq_exp.quant.allocation import Allocation, Candidate
 from tmpq_exp.quant.calibration import CalibrationModule
 from tmpq_exp.quant.states import trajectory_states

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,17 +16,16 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 from torchvision import models
 
 from tests.metrics.conftest import natural_images
-from tmpq_exp.metrics.fidelity import FeatureError, LatentSqnr, Psnr, Ssim, latent_sqnr_db, mean_psnr_db, psnr_db, ssim
+from tmpq_exp.metrics.fidelity import FeatureError, LatentSqnr, Psnr, Ssim, latent_sqnr_db, psnr_db, ssim
 from tmpq_exp.metrics.lpips import Lpips
 from tmpq_exp.metrics.metric import Batch, Metric, MissingWeights
 
 
-def test_mean_of_the_images_psnr() -> None:
+def test_psnr_of_each_image() -> None:
     reference = torch.full((2, 1, 4, 4), 0.5)
     images = reference + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)  # 20 and 40 dB
     assert psnr_db(images, reference).tolist() == pytest.approx([20, 40], abs=1e-3)
-    assert mean_psnr_db(images, reference) == pytest.approx(30, abs=1e-3)
-    assert mean_psnr_db(reference, reference) == math.inf
+    assert psnr_db(reference, reference).tolist() == [math.inf, math.inf]
 
 
 @pytest.mark.parametrize("measure", [psnr_db, ssim, latent_sqnr_db])
@@ -100,6 +100,11 @@ def test_batches_measure_as_all_at_once(cuts: list[int], num_paired: int) -> Non
         assert metric.fingerprint()["metric"] == metric.name
 
 
+def test_images_alone_are_not_enough() -> None:
+    with pytest.raises(ValueError, match="ssim measures images beside their reference, not alone"):
+        Ssim()([natural_images(2, 8, 0)])
+
+
 def test_interval_of_a_mean() -> None:
     measurement = Psnr().start()
     noise = torch.linspace(0.01, 0.1, 50).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
@@ -124,23 +129,23 @@ def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_lpips_is_torchmetrics(backbone: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     name, path = backbone
     state = torch.load(path, weights_only=True)
-    module, kind = {"alex": ("alexnet", models.AlexNet), "squeeze": ("squeezenet1_1", models.SqueezeNet)}[name]
+    released: Any = {"alex": models.alexnet, "squeeze": models.squeezenet1_1}[name]
 
     def pretrained(weights: object) -> torch.nn.Module:
-        network = kind() if name == "alex" else kind("1_1")  # type: ignore[arg-type]
+        network: torch.nn.Module = released(weights=None)
         network.load_state_dict(state, strict=False)
         return network
 
     metric = Lpips(str(path), name)
-    monkeypatch.setattr(models, module, pretrained)
+    monkeypatch.setattr(models, released.__name__, pretrained)
     reference = natural_images(3, 64, 0)
     images = (reference + 0.3 * natural_images(3, 64, 1)).clamp(0, 1)
     expected = learned_perceptual_image_patch_similarity(
         images,
         reference,
-        net_type=name,
+        net_type=cast(Any, name),
         reduction="none",
-        normalize=True,  # type: ignore[arg-type]
+        normalize=True,
     )
     torch.testing.assert_close(metric.values(Batch(images, reference)), expected.flatten(), rtol=1e-4, atol=1e-6)
     assert float(expected.min()) > 1e-4

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pytorch_fid import fid_score, inception
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.inception import InceptionScore as TorchmetricsScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from tests.metrics.conftest import natural_images
+from tests.metrics.conftest import natural_images, save
 from tmpq_exp.metrics.frechet import frechet_distance
 from tmpq_exp.metrics.inception import PytorchFidInception, PytorchFidSpatial, TorchmetricsInception, weights_file
 from tmpq_exp.metrics.inception_metrics import (
@@ -31,15 +30,6 @@ from tmpq_exp.metrics.metric import Batch, MissingWeights, Place, features_of
 from tmpq_exp.metrics.statistics import FeatureStatistics
 
 CPU = torch.device("cpu")
-
-
-def save(images: Tensor, folder: Path) -> Path:
-    """Write images as PNG files."""
-    folder.mkdir()
-    for index, image in enumerate((images * 255).round().to(torch.uint8)):
-        pixels = image.permute(1, 2, 0).numpy()
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(folder / f"{index:04}.png")
-    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tmpq_exp.metrics.frechet import FrechetMetric, digits_frechet
+from tmpq_exp.metrics.frechet import FrechetMetric, digits_frechet, feature_frechet
 from tmpq_exp.metrics.metric import Place
 from tmpq_exp.metrics.reference import ReferenceFolder, open_reference
 from tmpq_exp.metrics.statistics import FeatureSums, read_npz
@@ -173,3 +173,19 @@ def test_a_reference_that_is_not_there_or_does_not_fit(tmp_path: Path) -> None:
     assert open_reference("fd_digits", str(tmp_path / "digits.safetensors"), len(digits.mean)) is not None
     with pytest.raises(ValueError, match=r"digits\.safetensors has 64 features, the network of fid 2048"):
         open_reference("fid", str(tmp_path / "digits.safetensors"), 2048)
+
+
+def test_a_distance_on_any_feature_module(tmp_path: Path) -> None:
+    folder = str(write_images(tmp_path / "real", 8))
+    by_method = feature_frechet("fd_means", Means(), folder)
+    by_forward = feature_frechet("fd_pool", nn.AdaptiveAvgPool2d(1), folder, num_features=3)
+    for metric in (by_method, by_forward):
+        metric.make_ready(Place(CPU, tmp_path / "cache"))
+    torch.testing.assert_close(by_forward.reference.mean, by_method.reference.mean)
+    assert by_forward([torch.rand(5, 3, 6, 5)]) > 0
+    assert by_forward.fingerprint()["extractor"] != by_method.fingerprint()["extractor"]
+    for name in ("fid", "fid_mine", "sfid"):
+        with pytest.raises(ValueError, match=f"fid and sfid mean InceptionV3, found '{name}'"):
+            feature_frechet(name, Means(), folder)
+    with pytest.raises(ValueError, match="num_features must be given for AdaptiveAvgPool2d"):
+        feature_frechet("fd_pool", nn.AdaptiveAvgPool2d(1), folder)

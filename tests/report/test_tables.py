@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.test_report import make_report, render
+from tests.report.example import make_report, render
 from tmpq_exp.report import further_table, summary_table, write_report_json
 
 

@@ -27,7 +27,7 @@ TINY = SearchSpace((range(2), range(2, 4)), *[((8,),) * NUM_LAYERS] * 2, ((0,),)
 class ToyObjective:
     """Scores by the sum of timesteps less the bits; remembers what it was asked."""
 
-    metric = SimpleNamespace(name="toy")
+    score = SimpleNamespace(name="toy")
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int | None, str]] = []

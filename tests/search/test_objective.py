@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from torch import Tensor
 from tmpq_exp.cost import CostModel, LinearShape
 from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, PerImageMetric
 from tmpq_exp.quant.allocation import Allocation, Candidate
-from tmpq_exp.search.objective import Objective, Protocol, label
+from tmpq_exp.search.objective import Feed, Objective, Protocol, label
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.zoo.conditioning import Prompts, Unconditional
 
@@ -195,10 +195,20 @@ def test_the_float_reference_is_made_once_and_is_perfect(setup: Setup) -> None:
     assert sum(key == REFERENCE.key() for key, _, _ in setup.supernet.calls) == 3
 
 
+def handing_on(made: list[Tensor]) -> Feed:
+    """A feed of these micro-batches."""
+
+    def feed(_: Candidate, take: Callable[[Tensor], None]) -> None:
+        for images in made:
+            take(images)
+
+    return feed
+
+
 def test_few_images_are_compared_with_the_reference(setup: Setup) -> None:
     objective = setup.objective(protocol=Protocol(num_images=6, seed=3, micro_batch=2, paired_images=3))
     made = [torch.full((2, 1, 2, 2), value) for value in (0.5, 0.25, 0.0)]
-    trial = objective.evaluate(candidate(8), "search", images=lambda _: made)
+    trial = objective.evaluate(candidate(8), "search", feed=handing_on(made))
     reference = [batch for key, batch, _ in setup.supernet.calls if key == REFERENCE.key()]
     assert reference == [(0, 1), (2, 3)]  # whole micro-batches
     assert trial.metrics["feature_mse"] == pytest.approx(
@@ -209,7 +219,7 @@ def test_few_images_are_compared_with_the_reference(setup: Setup) -> None:
 
 def test_images_may_be_made_elsewhere(setup: Setup) -> None:
     made = [torch.full((5, 1, 2, 2), 0.25)]
-    trial = setup.objective().evaluate(REFERENCE, "final", images=lambda _: made)
+    trial = setup.objective().evaluate(REFERENCE, "final", feed=handing_on(made))
     assert trial.metrics["brightness"] == 0.25
     assert setup.supernet.calls == []
 
@@ -303,7 +313,7 @@ def test_latents_are_there_where_a_metric_reads_them(setup: Setup, chosen: Candi
     seen = Seen(needs=frozenset({"latents"}))
     protocol = Protocol(num_images=5, seed=3, micro_batch=2, paired_images=3)
     objective = setup.objective(further=[seen], protocol=protocol)
-    objective.evaluate(chosen, "final", images=lambda _: pytest.fail("images without their latents"))
+    objective.evaluate(chosen, "final", feed=lambda *_: pytest.fail("images without their latents"))
     bits = chosen.allocations[0].weight_bits[0]
     assert [len(batch.images) for batch in seen.batches] == [2, 2, 1]
     for batch, count in zip(seen.batches, (2, 1, 0), strict=True):

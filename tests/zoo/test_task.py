@@ -194,6 +194,24 @@ def test_prompts_follow_the_image_index_and_are_embedded_once() -> None:
         Prompts([], noting, "letters")
 
 
+def test_embeddings_follow_the_network_and_are_made_anew_there() -> None:
+    class Embedder:
+        """Says where it was last moved to."""
+
+        device = "cpu"
+
+        def to(self, device: torch.device) -> None:
+            self.device = device.type
+
+        def __call__(self, prompt: str) -> Tensor:
+            return torch.full((2, 3), float(len(self.device)))
+
+    prompts = Prompts(["a"], Embedder(), "letters")
+    for device, value in (("cpu", 3), ("meta", 4), ("meta", 4), ("cpu", 3)):
+        prompts.follow(torch.device(device))
+        assert prompts.inputs([0])["encoder_hidden_states"].unique().tolist() == [value]
+
+
 def test_embedded_classes_are_rows_of_a_table() -> None:
     table = torch.randn(4, 1, 6)
     conditions = ClassLabels(3, null_label=3, embeddings=table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -20,10 +21,10 @@ class LoggerConfig:
     """Experiment tracking.
 
     Args:
-        name: ``wandb`` or ``none``.
+        name: ``wandb``, ``csv``, ``tensorboard`` (needs the extra of that name) or ``none``.
         project: W&B project.
         mode: W&B mode: ``offline`` (no prompt, no network), ``online`` or ``disabled``.
-        group: W&B group; jobs of a sweep share one.
+        group: W&B group; null: jobs of a sweep share one, named after the sweep's directory.
         tags: W&B tags.
     """
 
@@ -34,8 +35,13 @@ class LoggerConfig:
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.name not in ("wandb", "none"):
-            raise UserError(f"logger.name must be wandb or none, found {self.name!r}")
+        if self.name not in ("wandb", "csv", "tensorboard", "none"):
+            raise UserError(f"logger.name must be wandb, csv, tensorboard or none, found {self.name!r}")
+        if self.name == "tensorboard" and find_spec("tensorboard") is None:
+            raise UserError(
+                "logger=tensorboard needs the package tensorboard, which is not installed: pip install "
+                "'tmpq-exp[tensorboard]' (or tensorboard alone), or choose logger=csv"
+            )
         if self.mode not in ("offline", "online", "disabled"):
             raise UserError(f"logger.mode must be offline, online or disabled, found {self.mode!r}")
 
@@ -60,7 +66,8 @@ class Config:
     """Everything a job is told; the groups of ``conf/`` fill it.
 
     Args:
-        task: What to do, a partial ``_target_``: ``run``, ``train``, ``states``, ``classify`` or ``cost``.
+        task: What to do, a partial ``_target_``: ``run``, ``forecast``, ``report``, ``log``, ``train``, ``states``,
+            ``classify`` or ``cost``.
         tier: ``full`` or ``smoke``; only its name is kept.
         executor: Who scores candidates: ``local``.
         model: The float model, a ``_target_``.
@@ -70,6 +77,7 @@ class Config:
         metrics: Metrics by name, each a ``_target_``; ``evaluation`` chooses among them.
         reuse: Run directories whose evaluations are taken over where protocol and quantizers are the same, as they
             are when only the budget or the search differ.
+        runs: Run directories, or directories of sweeps, that ``task=report`` compares and ``task=log`` logs again.
         seed: Seed of every random stream, at least 0.
         search_seed: Seed of what the search draws and of the images it scores; null: as ``seed``. Runs that differ in
             it alone share calibration, selection and final images.
@@ -96,6 +104,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     reuse: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
     seed: int = 0
     search_seed: int | None = None
     num_threads: int | None = None

@@ -127,12 +127,16 @@ class ObjectiveConfig:
             against the float reference at the same seeds, or null for none.
         proxy_images: Images of the cheap look, the first of the others; from 1 to ``num_images``.
         promote_fraction: Share of a generation that is scored after it, in (0, 1].
+        control_images: Images of the float model at K steps, on seeds of their own, behind the control variate that
+            takes most of the seeds' chance out of a score (see ``tmpq_exp.metrics.control``), best several times
+            ``num_images``. 0: plain scores, as those of metrics that are no Frechet distance always are.
     """
 
     num_images: int = 128
     proxy: str | None = None
     proxy_images: int = 16
     promote_fraction: float = 0.5
+    control_images: int = 1024
 
     def __post_init__(self) -> None:
         check_at_least("objective.num_images", self.num_images, 2)
@@ -143,6 +147,9 @@ class ObjectiveConfig:
                 f"objective.proxy_images must be in 1..{self.num_images} (objective.num_images), "
                 f"found {self.proxy_images}"
             )
+        check_at_least("objective.control_images", self.control_images, 0)
+        if self.control_images == 1:
+            raise UserError("objective.control_images must be 0 or at least 2, found 1")
         if not 0 < self.promote_fraction <= 1:
             raise UserError(f"objective.promote_fraction must be in (0, 1], found {self.promote_fraction}")
 
@@ -162,7 +169,8 @@ class EvaluationConfig:
             winner.
         selection_images: Images for that, at least 2; null: as many as ``num_images``.
         baseline_bits: Uniform bit widths to compare with; 8 and 6 are always among them.
-        baseline_spacings: Schedules of those, ``quadratic`` always among them, beside ``leading`` and ``trailing``.
+        baseline_spacings: Schedules of those, beside the model's own: ``quadratic`` always among them, ``leading`` and
+            ``trailing``.
         reference_steps: Steps of the float reference.
         quantized_reference: Compare with W8A8 at the reference's timesteps too.
         micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from tmpq_exp.metrics.metric import Batch, FeatureNetwork, PerImageMetric, features_of, paired
+from tmpq_exp.metrics.metric import Batch, FeatureNetwork, PerImageMetric, paired
 
 SSIM_WINDOW = 11
 """Side of SSIM's Gaussian window in pixels."""
@@ -27,11 +27,6 @@ def psnr_db(images: Tensor, reference: Tensor) -> Tensor:
     _check_shapes(images, reference)
     found: Tensor = peak_signal_noise_ratio(images, reference, data_range=1.0, reduction="none", dim=(1, 2, 3))
     return found
-
-
-def mean_psnr_db(images: Tensor, reference: Tensor) -> float:
-    """Mean over images of ``psnr_db``."""
-    return float(psnr_db(images, reference).mean())
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
@@ -155,11 +150,11 @@ class FeatureError(PerImageMetric):
 
     def values(self, batch: Batch) -> Tensor:
         """See ``PerImageMetric.values``."""
-        images, reference = paired(batch)
-        if not len(images):
-            return images.new_empty(0)
+        if batch.reference is None or not len(batch.reference):
+            return batch.images.new_empty(0)
         assert self.network is not None
-        return (features_of(self.network, images) - features_of(self.network, reference)).square().sum(1)
+        reference = batch.reference_features(self.network)
+        return (batch.features(self.network)[: len(reference)] - reference).square().sum(1)
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Metric.fingerprint``; the network's weights stand in that of the metric it belongs to."""

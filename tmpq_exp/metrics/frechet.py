@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, Place, features_of
+from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, Place
 from tmpq_exp.metrics.reference import ReferenceFolder, extractor_hash, open_reference
 from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
 from tmpq_exp.zoo.cifar import CifarClassifier
@@ -56,6 +57,33 @@ def _distance(mean: Tensor, covariance: Tensor, reference: FeatureStatistics, ro
     return float((mean - reference.mean).square().sum() + traces)
 
 
+def centred_interval(
+    distance: Callable[[Tensor], float], num_counted: int, num_resamples: int, seed: int
+) -> tuple[float, float]:
+    """Bootstrap interval of a distance over images, 95 %.
+
+    A resample holds fewer distinct images and so lies higher than the distance itself; its quantiles are taken around
+    the mean of the resamples and moved to the distance.
+
+    Args:
+        distance: Distance where each image, or each block of images, counts as often as its weight says,
+            ``(num_counted,)`` in float64.
+        num_counted: Number of images or blocks.
+        num_resamples: At least 2.
+        seed: Of the resampling.
+
+    References:
+        Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Differs from its percentile interval
+        by the centring.
+    """
+    rng = np.random.default_rng(seed)
+    once = np.ones(num_counted)
+    weights = [once, *(rng.multinomial(num_counted, once / num_counted) for _ in range(num_resamples))]
+    value, *resampled = [distance(torch.from_numpy(w).double()) for w in weights]
+    low, high = np.quantile(resampled, (0.025, 0.975)) - np.mean(resampled)
+    return float(value + low), float(value + high)
+
+
 class FrechetMetric(Metric):
     """Frechet distance on one feature network against one reference; lower is better.
 
@@ -99,6 +127,11 @@ class FrechetMetric(Metric):
         """See ``_root``."""
         return _root(self.reference.covariance)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the statistics are there."""
+        return isinstance(self._reference, FeatureStatistics)
+
     def make_ready(self, place: Place) -> None:
         """Statistics of a reference folder, from the cache or measured."""
         if isinstance(self._reference, ReferenceFolder):
@@ -107,6 +140,10 @@ class FrechetMetric(Metric):
     def start(self, *, resampled: bool = False) -> Measurement:
         """See ``Metric.start``."""
         return _Resampled(self) if resampled else _Summed(self)
+
+    def distance(self, mean: Tensor, covariance: Tensor) -> float:
+        """Distance of a Gaussian with this mean ``(d,)`` and covariance ``(d, d)``."""
+        return _distance(mean, covariance, self.reference, self.reference_root)
 
     def fingerprint(self) -> dict[str, Any]:
         """Hashes of what the number depends on."""
@@ -123,6 +160,11 @@ class FrechetMetric(Metric):
         return content_hash({"mean": self.reference.mean, "covariance": self.reference.covariance})
 
 
+MAX_BLOCKS = 512
+BLOCK_BYTES = 2**28
+"""Most blocks of a bootstrap, and most memory for their sums."""
+
+
 class _Summed(Measurement):
     """Running sums alone: memory does not grow with the number of images."""
 
@@ -130,48 +172,90 @@ class _Summed(Measurement):
         self._metric, self._sums = metric, FeatureSums(metric.network)
 
     def update(self, batch: Batch) -> None:
-        self._sums.update(batch.images)
+        self._sums.add(batch.features(self._metric.network))
 
     def value(self) -> float:
         found = self._sums.statistics()
-        return _distance(found.mean, found.covariance, self._metric.reference, self._metric.reference_root)
+        return self._metric.distance(found.mean, found.covariance)
 
 
 class _Resampled(_Summed):
-    """Sums, and every image's features for the interval.
-
-    A resample holds fewer distinct images and so lies higher than the distance itself; its quantiles are taken around
-    the mean of the resamples and moved to the distance.
-
-    References:
-        Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Differs from its percentile interval
-        by the centring.
-    """
+    """Sums, and every image's features for the interval."""
 
     def __init__(self, metric: FrechetMetric) -> None:
         super().__init__(metric)
         self._features = list[Tensor]()
 
     def update(self, batch: Batch) -> None:
-        features = features_of(self._metric.network, batch.images)
-        self._sums.add(features)
-        self._features.append(features.cpu())
+        super().update(batch)
+        self._features.append(batch.features(self._metric.network).cpu())
 
     def interval(self, num_resamples: int, seed: int) -> tuple[float, float]:
+        """See ``centred_interval``; images are resampled in random blocks, whose sums are made once."""
         features = torch.cat(self._features)
-        rng = np.random.default_rng(seed)
-        once = np.ones(len(features))
-        weights = [once, *(rng.multinomial(len(features), once / len(features)) for _ in range(num_resamples))]
-        distance, *resampled = [self._weighted(features, torch.from_numpy(w).double()) for w in weights]
-        low, high = np.quantile(resampled, (0.025, 0.975)) - np.mean(resampled)
-        return float(distance + low), float(distance + high)
+        order = torch.from_numpy(np.random.default_rng([seed, len(features)]).permutation(len(features)))
+        blocks = [features[part] for part in order.tensor_split(self._num_blocks(*features.shape))]
+        counts = torch.tensor([len(block) for block in blocks], dtype=torch.float64)
+        sums = torch.stack([block.sum(0) for block in blocks])
+        outers = torch.stack([block.T @ block for block in blocks])
 
-    def _weighted(self, features: Tensor, weights: Tensor) -> float:
-        """Distance where each image counts as often as its weight says."""
-        mean = weights @ features / weights.sum()
-        centred = features - mean
-        covariance = (centred.T * weights) @ centred / (weights.sum() - 1)
-        return _distance(mean, covariance, self._metric.reference, self._metric.reference_root)
+        def distance(weights: Tensor) -> float:
+            count = weights @ counts
+            mean = weights @ sums / count
+            outer = torch.tensordot(weights, outers, dims=1)
+            return self._metric.distance(mean, (outer - count * torch.outer(mean, mean)) / (count - 1))
+
+        return centred_interval(distance, len(blocks), num_resamples, seed)
+
+    @staticmethod
+    def _num_blocks(num_images: int, num_features: int) -> int:
+        """Blocks whose sums fit into the memory for them: an image each where there are few."""
+        fitting = BLOCK_BYTES // (8 * num_features**2)
+        return min(num_images, max(20, min(MAX_BLOCKS, fitting)))
+
+
+class _ModuleFeatures(nn.Module):
+    """A module that maps images in [0, 1] to features by its forward, as a feature network."""
+
+    def __init__(self, module: nn.Module, num_features: int) -> None:
+        super().__init__()
+        self.module, self.num_features = module, num_features
+
+    def features(self, images: Tensor) -> Tensor:
+        """See ``FeatureNetwork.features``."""
+        features: Tensor = self.module(images).flatten(1)
+        return features
+
+
+def feature_frechet(
+    name: str,
+    network: nn.Module,
+    reference: str | None = None,
+    num_features: int | None = None,
+    image_shape: Sequence[int] | None = None,
+) -> FrechetMetric:
+    """Frechet distance on any feature module, for a ``_target_`` of one's own.
+
+    Args:
+        name: Named after the network; not ``fid`` or ``sfid``, which mean InceptionV3.
+        network: Maps images in [0, 1] to features, by its method ``features`` or else by its forward; it is set to
+            eval mode.
+        reference: Folder of images, or statistics as ``.npz`` (``mu``, ``sigma``) or safetensors.
+        num_features: Features of an image; None takes the network's attribute of that name.
+        image_shape: ``(C, H, W)`` of the images it takes; None takes any.
+
+    Raises:
+        ValueError: If the name is taken, the number of features is unknown, or the reference does not fit.
+    """
+    if name.startswith(("fid", "sfid")):
+        raise ValueError(f"name must be that of the feature network; fid and sfid mean InceptionV3, found {name!r}")
+    count = getattr(network, "num_features", None) if num_features is None else num_features
+    if not isinstance(count, int):
+        raise ValueError(f"num_features must be given for {type(network).__name__}, which has no such attribute")
+    extractor: Any = network.eval() if hasattr(network, "features") else _ModuleFeatures(network.eval(), count)
+    shape = None if image_shape is None else (image_shape[0], image_shape[1], image_shape[2])
+    found = open_reference(name, reference, count, image_shape=shape)
+    return FrechetMetric(name, extractor, found, shape, library=type(network).__module__)
 
 
 def digits_frechet(checkpoint: str | None = None, reference: str | None = None) -> FrechetMetric:

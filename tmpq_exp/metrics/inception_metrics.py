@@ -19,7 +19,7 @@ from tmpq_exp.metrics.inception import (
     torchmetrics_inception,
     weights_file,
 )
-from tmpq_exp.metrics.metric import Batch, Measurement, Metric, Place, features_of
+from tmpq_exp.metrics.metric import Batch, Measurement, Metric, Place
 from tmpq_exp.metrics.reference import ReferenceFolder, extractor_hash, open_reference
 from tmpq_exp.zoo.weights import content_hash
 
@@ -130,6 +130,11 @@ class KernelDistance(Metric):
         """Hash of the feature network and what is done around it."""
         return extractor_hash(self.network, self.network.resize, self.network.library)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the reference's features are there."""
+        return len(self.reference) > 0
+
     def make_ready(self, place: Place) -> None:
         """Features of the reference folder, from the cache or measured."""
         self.reference = self.folder.features(self.name, self.network, self.extractor, place)
@@ -155,7 +160,7 @@ class _Kernel(Measurement):
         self._metric, self._features = metric, list[Tensor]()
 
     def update(self, batch: Batch) -> None:
-        self._features.append(features_of(self._metric.network, batch.images).cpu())
+        self._features.append(batch.features(self._metric.network).cpu())
 
     def value(self) -> float:
         metric, made = self._metric, torch.cat(self._features)
@@ -233,7 +238,7 @@ class _Score(Measurement):
         self._metric, self._logits = metric, list[Tensor]()
 
     def update(self, batch: Batch) -> None:
-        self._logits.append(features_of(self._metric.network, batch.images).cpu())
+        self._logits.append(batch.features(self._metric.network).cpu())
 
     def value(self) -> float:
         return inception_score(torch.cat(self._logits), self._metric.splits)

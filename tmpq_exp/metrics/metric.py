@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -68,6 +68,7 @@ class Batch:
         prompts: What each image should show; None for models without text.
         latents: What the images were decoded from; None where no metric needs them.
         reference_latents: The same of the float reference, for the first ones.
+        reference_memo: Features of ``reference`` that were measured before; batches with the same one may share it.
     """
 
     images: Tensor
@@ -75,6 +76,21 @@ class Batch:
     prompts: Sequence[str] | None = None
     latents: Tensor | None = None
     reference_latents: Tensor | None = None
+    reference_memo: dict[int, Tensor] = field(default_factory=dict)
+    _memo: dict[int, Tensor] = field(default_factory=dict)
+
+    def features(self, network: FeatureNetwork) -> Tensor:
+        """``features_of`` the images, measured once for all metrics that share the network."""
+        if id(network) not in self._memo:
+            self._memo[id(network)] = features_of(network, self.images)
+        return self._memo[id(network)]
+
+    def reference_features(self, network: FeatureNetwork) -> Tensor:
+        """``features_of`` the reference's images."""
+        if id(network) not in self.reference_memo:
+            assert self.reference is not None
+            self.reference_memo[id(network)] = features_of(network, self.reference.to(self.images.device))
+        return self.reference_memo[id(network)]
 
 
 class Measurement(ABC):
@@ -118,6 +134,11 @@ class Metric(ABC):
         """Whether larger values are better."""
         return higher_is_better(self.name)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether ``make_ready`` has nothing to do."""
+        return True
+
     def check_images(self, shape: tuple[int, int, int]) -> None:
         """Refuse images of a shape ``(C, H, W)`` that it cannot measure.
 
@@ -128,7 +149,11 @@ class Metric(ABC):
             raise ValueError(f"{self.name} takes images of shape {self.image_shape}, found {shape}")
 
     def make_ready(self, place: Place) -> None:  # noqa: B027  most metrics have nothing to do
-        """Do what must be done once and may take long, such as the statistics of a reference folder."""
+        """Do what must be done once and may take long, such as the statistics of a reference folder.
+
+        Raises:
+            ValueError: If a reference image cannot be used.
+        """
 
     @abstractmethod
     def start(self, *, resampled: bool = False) -> Measurement:
@@ -143,7 +168,13 @@ class Metric(ABC):
         """What its figures depend on besides the images, as plain data."""
 
     def __call__(self, batches: Iterable[Tensor]) -> float:
-        """The figure of images in [0, 1], given in batches of ``(N, C, H, W)``."""
+        """The figure of images in [0, 1], given in batches of ``(N, C, H, W)``.
+
+        Raises:
+            ValueError: If the metric needs more than images.
+        """
+        if self.needs:
+            raise ValueError(f"{self.name} measures images beside their {' and '.join(sorted(self.needs))}, not alone")
         measurement = self.start()
         for images in batches:
             measurement.update(Batch(images))

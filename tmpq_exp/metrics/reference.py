@@ -74,7 +74,7 @@ class ReferenceFolder:
                 size = pixels[0].shape[:2] if size is None else size
                 _check_size(files, pixels, size)
                 batch = torch.from_numpy(np.stack(pixels))
-                yield (batch.unsqueeze(1) if gray else batch.permute(0, 3, 1, 2)).float() / 255
+                yield (batch.unsqueeze(1) if gray else batch.permute(0, 3, 1, 2)).contiguous().float() / 255
 
     def statistics(self, name: str, network: FeatureNetwork, extractor: str, place: Place) -> FeatureStatistics:
         """Mean and covariance of the images' features.

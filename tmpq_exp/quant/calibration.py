@@ -173,7 +173,7 @@ class CalibrationModule(L.LightningModule):
         """Set the ranges, or carry the activations on; then keep what was learned on disk."""
         epoch, layers = self.current_epoch, self.supernet.layers
         if epoch == 0 and not self._resumed:
-            self._estimate_ranges()
+            estimate_ranges(self.supernet)
         if epoch > 0:
             self.blockwise.finish(epoch - 1)
             layers = self.blockwise.units[epoch - 1].layers
@@ -181,16 +181,21 @@ class CalibrationModule(L.LightningModule):
         if self._files is not None and not self._resumed:
             self._files.write(epoch, self.supernet.quantizer_state(layers), self._epoch_records)
 
-    @torch.no_grad()
-    def _estimate_ranges(self) -> None:
-        """Activation ranges from what was seen, and weight ranges from the float weights."""
-        for layer in self.supernet.layers:
-            try:
-                for quantizer in layer.act_quantizers():
-                    quantizer.finish_observing()
-            except ValueError as error:
-                raise ValueError(f"layer {layer.name}: {error}") from error
-            weights = layer.weight_rows()
-            if weights is not None:
-                weights[0].estimate(weights[1])
-        self.supernet.quantizers_changed()
+
+@torch.no_grad()
+def estimate_ranges(supernet: Supernet) -> None:
+    """Activation ranges from what their quantizers have observed, and weight ranges from the float weights.
+
+    Raises:
+        ValueError: If a layer saw nothing, or NaN or infinity; it is named.
+    """
+    for layer in supernet.layers:
+        try:
+            for quantizer in layer.act_quantizers():
+                quantizer.finish_observing()
+        except ValueError as error:
+            raise ValueError(f"layer {layer.name}: {error}") from error
+        weights = layer.weight_rows()
+        if weights is not None:
+            weights[0].estimate(weights[1])
+    supernet.quantizers_changed()

@@ -146,6 +146,21 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
     return (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1).bool().view(-1)[:count]
 
 
+def pack_integers(values: Tensor, bits: int) -> Tensor:
+    """Integers of any shape in 0..2**bits - 1 -> bytes ``(ceil(n bits / 8),)``, one value right behind the other."""
+    flat = values.reshape(-1, 1).to(torch.int32)
+    return pack_bits(flat >> torch.arange(bits, dtype=torch.int32, device=flat.device) & 1)
+
+
+def unpack_integers(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of ``pack_integers``: the first ``count`` values, int32."""
+    digits = unpack_bits(packed, count * bits).view(count, bits)
+    values = torch.zeros(count, dtype=torch.int32, device=packed.device)
+    for position in range(bits):
+        values += digits[:, position].int() << position
+    return values
+
+
 def sqnr_db(reference: Tensor, estimate: Tensor) -> float:
     """Signal-to-quantization-noise ratio in dB, ``10 log10(|reference|^2 / |reference - estimate|^2)``, in float64.
 

@@ -15,12 +15,14 @@ from tmpq_exp.quant.primitives import (
     RangeEstimator,
     dequantize,
     estimate_range,
-    fake_quantize,
     fake_quantize_groups,
     integer_range,
     pack_bits,
+    pack_integers,
+    quantize,
     scale_and_zero_point,
     unpack_bits,
+    unpack_integers,
 )
 
 
@@ -55,9 +57,10 @@ class Quantizer(nn.Module):
         return self.bit_choices.index(bits)
 
     def calibrated_choice(self, bits: int) -> int:
-        """``choice``, after a look at whether its parameters were ever set."""
+        """``choice``, after a look at whether its parameters were ever set; the meta device has nothing to look at."""
         index = self.choice(bits)
-        assert not self.zero_point[index].isnan().any(), f"{type(self).__name__} used before calibration"
+        zero_point = self.zero_point[index]
+        assert zero_point.is_meta or not zero_point.isnan().any(), f"{type(self).__name__} used before calibration"
         return index
 
     @torch.no_grad()
@@ -126,16 +129,45 @@ class WeightQuantizer(Quantizer):
         super().__init__(bit_choices, num_rows, config)
         self.group_sizes, self.num_values = sizes, math.prod(weight_shape)
         self.register_buffer("rounding", torch.zeros(len(self.bit_choices), 0, dtype=torch.uint8))
+        self._packed: dict[int, Tensor] = {}
 
     def forward(self, weight: Tensor, bits: int) -> Tensor:
         """Weight quantized and dequantized, in its own shape and memory format."""
-        index = self.calibrated_choice(bits)
-        scale, zero_point = (self.per_weight(values[index], weight) for values in (self.scale, self.zero_point))
+        return dequantize(self.integers(weight, bits), *self._affine(weight, bits))
+
+    def integers(self, weight: Tensor, bits: int) -> Tensor:
+        """Integers of a weight, floats of its shape and memory format; the kept ones if there are any."""
         quant_min, quant_max = integer_range(bits, self.config.symmetric)
+        if bits in self._packed:
+            unpacked = unpack_integers(self._packed[bits], bits, self.num_values).view(weight.shape)
+            integers = torch.empty_like(weight).copy_(unpacked).add_(quant_min)
+            return integers.clamp(quant_min, quant_max)  # as below: where strides are ambiguous, the same are chosen
+        scale, zero_point = self._affine(weight, bits)
         if not self.is_rounding_learned:
-            return fake_quantize(weight, scale, zero_point, quant_min, quant_max)
+            return quantize(weight, scale, zero_point, quant_min, quant_max)
         integers = torch.floor(weight / scale) + self.rounded_up(bits).view(weight.shape)
-        return dequantize((integers + zero_point).clamp_(quant_min, quant_max), scale, zero_point)
+        return (integers + zero_point).clamp(quant_min, quant_max)
+
+    def packed(self, weight: Tensor, bits: int) -> Tensor:
+        """Integers of a weight as bytes, ``bits`` each."""
+        quant_min, _ = integer_range(bits, self.config.symmetric)
+        return pack_integers(self.integers(weight, bits) - quant_min, bits)
+
+    def keep_packed(self, bits: int, integers: Tensor) -> None:
+        """Let these integers, as ``packed`` gives them, stand for the weight, whatever the float weight is.
+
+        Raises:
+            ValueError: If they are not as many as the weight has values.
+        """
+        num_bytes = -(-self.num_values * bits // 8)
+        if integers.dtype != torch.uint8 or tuple(integers.shape) != (num_bytes,):
+            raise ValueError(f"{num_bytes} bytes expected, found {integers.dtype} of shape {tuple(integers.shape)}")
+        self._packed[bits] = integers
+
+    def _affine(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, to broadcast against the weight."""
+        index = self.calibrated_choice(bits)
+        return self.per_weight(self.scale[index], weight), self.per_weight(self.zero_point[index], weight)
 
     @property
     def is_rounding_learned(self) -> bool:
@@ -255,7 +287,8 @@ class ActQuantizer(Quantizer):
         """Integer range with the zero point taken off: numbers where all activations share one, else tensors."""
         zero_point = self.zero_point[self.calibrated_choice(bits)]
         quant_min, quant_max = integer_range(bits, self.config.symmetric)
-        shift = float(zero_point) if self.num_rows == 1 else self.per_activation(zero_point, x)
+        is_number = self.num_rows == 1 and not zero_point.is_meta
+        shift = float(zero_point) if is_number else self.per_activation(zero_point, x)
         return quant_min - shift, quant_max - shift
 
     def _cache_parameters(self, bits: int, x: Tensor) -> tuple[Tensor, Any, Any]:

@@ -77,7 +77,7 @@ def trials_chart(view: SearchView) -> dict[str, Any]:
     return {
         **frame(x, y),
         "candidates": [_mark(p, x, y, view.metric) | {"on_front": p.index in front} for p in view.searched],
-        "front": _stairs([(x.at(p.bitops / 1e9), y.at(p.value)) for p in view.front]),
+        "front": stairs([(x.at(p.bitops / 1e9), y.at(p.value)) for p in view.front]),
         "uniform": [_mark(p, x, y, view.metric) | {"name": p.label} for p in uniform],
         "lines": _named_lines(lines, y, view.metric),
         "budget": None if view.budget_bitops is None else x.at(view.budget_bitops / 1e9),
@@ -107,8 +107,8 @@ def progress_chart(view: SearchView, random: Sequence[float | None] = ()) -> dic
             _mark(point, x, y, view.metric) | {"x": x.at(i), "on_front": False}
             for i, point in enumerate(view.searched, 1)
         ],
-        "line": _stairs(steps),
-        "random": _stairs([(x.at(i), y.at(value)) for i, value in beside.items()]),
+        "line": stairs(steps),
+        "random": stairs([(x.at(i), y.at(value)) for i, value in beside.items()]),
         "last": {"x": steps[-1][0], "y": steps[-1][1], "text": f"{known[-1]:.4g}"} if steps else None,
     }
 
@@ -136,7 +136,7 @@ def multiplications_chart(view: SearchView) -> dict[str, Any] | None:
     def mark(point: Point) -> dict[str, Any]:
         multiplications = point.multiplications / 1e9
         title = f"{_title(point, view.metric)}, {multiplications:,.3f} G multiplications"
-        return {"x": x.at(multiplications), "y": y.at(point.value), "title": title}
+        return {"x": x.at(multiplications), "y": y.at(point.value), "title": title, "trial": point.index}
 
     best = view.best if view.best is not None and view.best.multiplications else None
     return {
@@ -173,7 +173,8 @@ def frame(x: Axis, y: Axis) -> dict[str, Any]:
 
 
 def _mark(point: Point, x: Axis, y: Axis, metric: str) -> dict[str, Any]:
-    return {"x": x.at(point.bitops / 1e9), "y": y.at(point.value), "title": _title(point, metric)}
+    x_at, y_at = x.at(point.bitops / 1e9), y.at(point.value)
+    return {"x": x_at, "y": y_at, "title": _title(point, metric), "trial": point.index}
 
 
 def _title(point: Point, metric: str) -> str:
@@ -185,12 +186,12 @@ def _named_lines(points: Sequence[Point], y: Axis, metric: str) -> list[dict[str
     ats = [y.at(point.value) for point in points]
     return [
         {"at": at, "text_at": round(text_at + 4, 1), "text": point.label, "title": _title(point, metric),
-         "kind": "float" if point.is_float else "uniform"}
+         "kind": "float" if point.is_float else "uniform", "trial": point.index}
         for point, at, text_at in zip(points, ats, spread(ats, 14.0), strict=True)
     ]  # fmt: skip
 
 
-def _stairs(points: Sequence[tuple[float, float]]) -> str:
+def stairs(points: Sequence[tuple[float, float]]) -> str:
     """Path of an SVG that goes right before it goes up or down."""
     if not points:
         return ""

@@ -25,7 +25,7 @@ REPORT_KEYS: Mapping[str, str] = {
     "model": "name of the compressed model",
     "fingerprint": "{search, final}: hash of everything that a quality figure depends on, for either set of seeds",
     "metric": "name of the quality metric the search minimised or maximised",
-    "further": "[{name, fingerprint, fingerprint_parts}]: metrics of the baselines and the best beside it",
+    "further": "[{name, higher_is_better, fingerprint, fingerprint_parts}]: metrics reported beside it",
     "num_train_timesteps": "length T of the training schedule; timesteps lie in 0..T-1",
     "budget": "{bitops, name}: the most BitOPs a candidate may cost, and the baseline it comes from",
     "baselines": "entries float_reference, float_k, w8a8 and w6a6 on the final seeds",
@@ -77,6 +77,7 @@ WINOGRAD_KEYS: Mapping[str, str] = {
 """Keys of one element of ``winograd``."""
 
 SEARCH_KEYS: Mapping[str, str] = {
+    "metric": "what candidates were ranked by: the metric, or <metric>_controlled with the control variate",
     "num_evaluations": "distinct candidates that were scored",
     "stop_reason": "why the search ended",
     "seconds": "wall time of the search in seconds",
@@ -94,8 +95,8 @@ EVIDENCE_KEYS: Mapping[str, str] = {
 BASELINE_NAMES = ("float_reference", "float_k", "w8a8", "w6a6")
 """Baselines that every report has, in the order of the table."""
 
-SPACINGS = ("leading", "trailing")
-"""Schedules of further baselines, in their names behind the bits; the others are quadratic."""
+SPACINGS = ("quadratic", "leading", "trailing")
+"""Schedules of further baselines, in their names behind the bits; the others have the model's own, mostly quadratic."""
 
 REFERENCE = "reference"
 """Ends the name of a baseline at the float reference's timesteps."""

@@ -13,7 +13,8 @@ from PIL import Image
 
 from tmpq_exp.files import replace_file
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
-from tmpq_exp.report.charts import heat_colours, multiplications_chart, progress_chart, trials_chart
+from tmpq_exp.report.candidates import candidate_data, embedded_json, shade
+from tmpq_exp.report.charts import multiplications_chart, progress_chart, trials_chart
 from tmpq_exp.report.content import (
     entry_label,
     find_baseline,
@@ -56,10 +57,10 @@ def report_html(
             report, or the images are of a wrong shape.
     """
     validate_report(report)
-    content = plain(report)
+    content, records = plain(report), list(trials)
     view = search_view(
-        trials,
-        metric=content["metric"],
+        records,
+        metric=content["search"]["metric"],
         budget_bitops=content["budget"]["bitops"],
         budget_name=str(content["budget"]["name"]),
         best_key=Candidate.from_json(content["best"]["candidate"]).key(),
@@ -85,6 +86,7 @@ def report_html(
         "schedules": _schedules(content),
         "evidence": _evidence(content),
         "stages": stage_bars(content["stages"]),
+        "candidates": embedded_json(candidate_data(view, records, content)) if view.searched else "",
         "front": [_row(content, entry_label(entry), entry) for entry in content["front"]],
     }
     replace_file(path, template("page.html").render(context).encode())
@@ -151,7 +153,8 @@ def _row(report: Mapping[str, Any], label: str, entry: Mapping[str, Any]) -> dic
 
 
 def _rows(report: Mapping[str, Any], view: SearchView) -> list[dict[str, Any]]:
-    searched = {entry["name"]: entry["metrics"].get(report["metric"]) for entry in report.get("search_baselines", ())}
+    score = report["search"]["metric"]
+    searched = {entry["name"]: entry["metrics"].get(score) for entry in report.get("search_baselines", ())}
     searched |= {point.name: point.value for point in view.baselines if point.name not in searched}
     rows = []
     for label, entry in table_rows(report):
@@ -214,14 +217,7 @@ def _cell(
         what = {"W": "softmax output", "A": "q, k and v"}[kind]
     tile = "" if tiles[index] == DIRECT_TILE else f", F({tiles[index]}, r)"
     said = "float" if bits == FLOAT_BITS else f"{bits} bits"
-    return {"bits": bits, "title": f"{best['layers'][index]}: {what} {said}{tile}", **_shade(bits, ceiling)}
-
-
-def _shade(bits: int, ceiling: int) -> dict[str, str]:
-    """Fill of a cell, light for few bits and dark for many, and the ink that is readable on it."""
-    if bits == FLOAT_BITS:
-        return {"fill": "#98a2b3", "ink": "#101828", "text": "fp"}
-    return {**heat_colours((bits - 2) / (ceiling - 2)), "text": str(bits)}
+    return {"bits": bits, "title": f"{best['layers'][index]}: {what} {said}{tile}", **shade(bits, ceiling)}
 
 
 def _ceiling(candidate: Candidate) -> int:
@@ -232,7 +228,7 @@ def _ceiling(candidate: Candidate) -> int:
 def _legend(best: Mapping[str, Any]) -> list[dict[str, str]]:
     candidate = Candidate.from_json(best["candidate"])
     widths = sorted({bits for a in candidate.allocations for bits in (*a.weight_bits, *a.act_bits)})
-    return [_shade(bits, _ceiling(candidate)) for bits in widths]
+    return [shade(bits, _ceiling(candidate)) for bits in widths]
 
 
 def _layer_table(best: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 from PIL import Image, ImageDraw, ImageFont
 
+from tmpq_exp.data import to_uint8
 from tmpq_exp.files import replace_file
 from tmpq_exp.report.content import higher_is_better
 from tmpq_exp.report.points import SearchView, search_view, spread
@@ -163,7 +165,7 @@ def _plain_axes(axes: Axes) -> None:
         spine.set_color(_GRID)
 
 
-def to_uint8(images: Any, name: str = "images") -> npt.NDArray[np.uint8]:
+def byte_images(images: Any, name: str = "images") -> npt.NDArray[np.uint8]:
     """Images as rounded bytes with channels last.
 
     Args:
@@ -179,10 +181,10 @@ def to_uint8(images: Any, name: str = "images") -> npt.NDArray[np.uint8]:
     array = np.asarray(images.detach().cpu().float().numpy() if hasattr(images, "detach") else images)
     if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
         raise ValueError(f"{name} must have the shape (N, C, H, W) with C 1 or 3, found {array.shape}")
-    array = np.nan_to_num(array.astype(np.float64), nan=0.0, posinf=1.0, neginf=0.0)
+    array = np.nan_to_num(array.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0)
     if array.min() < -1e-3 or array.max() > 1 + 1e-3:
         raise ValueError(f"{name} must lie in [0, 1], found {array.min():.3g} to {array.max():.3g}")
-    pixels = np.rint(np.clip(array, 0.0, 1.0) * 255.0).astype(np.uint8)
+    pixels: npt.NDArray[np.uint8] = to_uint8(torch.from_numpy(array)).numpy()
     return np.broadcast_to(pixels, (len(pixels), 3, *pixels.shape[2:])).transpose(0, 2, 3, 1).copy()
 
 
@@ -201,7 +203,7 @@ def sample_rows(rows: Sequence[tuple[str, Any]], max_columns: int) -> list[tuple
     """
     if not rows:
         raise ValueError("rows must hold at least one pair of a label and images, found none")
-    pixels = [(label, to_uint8(images, f"images of {label!r}")) for label, images in rows]
+    pixels = [(label, byte_images(images, f"images of {label!r}")) for label, images in rows]
     shapes = {label: array.shape[:3] for label, array in pixels}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"all rows must have as many images of one size, found (N, H, W) = {shapes}")

@@ -64,7 +64,7 @@ class SearchModule(L.LightningModule):
     def progress_note(self) -> str:
         """What the progress bar shows."""
         scores = [*self._scores.values(), *([self.search.best.score] if self.search.best else [])]
-        metric = self.objective.metric.name
+        metric = self.objective.score.name
         best = value_of(metric, min(scores, default=math.inf))
         return "" if best is None else f"best {metric} {best:.3f}"
 
@@ -84,7 +84,7 @@ class SearchModule(L.LightningModule):
             self._proxies[candidate.key()] = self.proxy.score(candidate, self.search.generation)
             return
         trial = self.objective.evaluate(self._promoted(candidates)[batch], "search", generation=self.search.generation)
-        self._scores[trial.key] = trial.score(self.objective.metric.name)
+        self._scores[trial.key] = trial.score(self.objective.score.name)
 
     def _promoted(self, candidates: tuple[Candidate, ...]) -> dict[int, Candidate]:
         """Number of the evaluation -> candidate whose quality it measures."""

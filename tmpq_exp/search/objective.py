@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property, reduce
 from typing import Any
 
 import torch
-from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from tmpq_exp.cost import CostModel
+from tmpq_exp.metrics.control import ControlledFrechet
 from tmpq_exp.metrics.fidelity import FeatureError, Psnr
-from tmpq_exp.metrics.metric import Batch, Measurement, Metric
-from tmpq_exp.metrics.names import higher_is_better
+from tmpq_exp.metrics.frechet import FrechetMetric
+from tmpq_exp.metrics.metric import Measurement, Metric, features_of
+from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
+from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import digest
+from tmpq_exp.search.evaluation import Evaluation, Made
 from tmpq_exp.search.trials import Trial, TrialLog, finite_metrics
 from tmpq_exp.zoo.conditioning import Prompts
 
-MicroBatches = Callable[[Candidate], Iterable[Tensor]]
-"""Images of a candidate under a protocol, one micro-batch after the other."""
+Feed = Callable[[Candidate, Callable[[Tensor], None]], None]
+"""Makes the images of a candidate under a protocol and hands on one whole micro-batch after the other."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,40 @@ class Protocol:
             missing -= len(images)
 
 
+class Control:
+    """A schedule whose images of the same seeds stand beside every candidate's, to take chance out of the score.
+
+    Args:
+        module: Makes the images.
+        metric: Quality metric, made ready.
+        candidate: The schedule, float.
+        protocol: Which images its statistics come from; other seeds than any candidate's.
+    """
+
+    def __init__(self, module: SupernetModule, metric: FrechetMetric, candidate: Candidate, protocol: Protocol) -> None:
+        self.module, self.metric, self.candidate, self.protocol = module, metric, candidate, protocol
+
+    @cached_property
+    def statistics(self) -> FeatureStatistics:
+        """Of its own images, measured at first use."""
+        sums = FeatureSums(self.metric.network)
+        with StageBar("control images", len(self.protocol.micro_batches())) as bar:
+            for images in self._images(self.protocol):
+                sums.update(images)
+                bar.advance()
+        return sums.statistics()
+
+    def under(self, protocol: Protocol) -> ControlledFrechet:
+        """The metric of candidates under a protocol."""
+        facts = {"schedule": self.candidate.key(), "images": self.protocol.num_images, "seed": self.protocol.seed}
+        found = cache(lambda: torch.cat([features_of(self.metric.network, x).cpu() for x in self._images(protocol)]))
+        return ControlledFrechet(self.metric, lambda: self.statistics, found, facts)
+
+    def _images(self, protocol: Protocol) -> Iterator[Tensor]:
+        made = (self.module.images(self.candidate, some, protocol.seed) for some in protocol.micro_batches())
+        yield from protocol.wanted(made)
+
+
 PROXIES = ("psnr_db", "feature_mse")
 """Metrics against the float reference's images of the same seeds."""
 
@@ -80,6 +116,7 @@ class Objective:
         on_trial: Called with every new trial.
         measures_quality: Whether the quality metric is measured; without it a trial has the proxies alone.
         bootstrap: Resamples behind the quality's interval over images; 0 leaves it out.
+        control: With it a trial has ``<metric>_controlled`` too, and candidates are ranked by that.
         further: Metrics that are measured beside the quality, made ready; each has a fingerprint of its own.
     """
 
@@ -96,14 +133,17 @@ class Objective:
         on_trial: Callable[[Trial], None],
         measures_quality: bool = True,
         bootstrap: int = 0,
+        control: Control | None = None,
         further: Sequence[Metric] = (),
     ) -> None:
         self.module, self.metric, self.protocol, self.cost, self.trials = module, metric, protocol, cost, trials
         self.reference_candidate, self._on_trial = reference_candidate, on_trial
         self.state, self.measures_quality, self.bootstrap = state, measures_quality, bootstrap
         self.further = tuple(further)
+        self.score: Metric = metric if control is None or not measures_quality else control.under(protocol)
         self._needs_latents = any("latents" in used.needs for used in (metric, *further))
-        self._reference: _Made | None = None
+        self._reference: Made | None = None
+        self._reference_memos: dict[tuple[int, int], dict[int, Tensor]] = {}  # by first image and number of images
         is_cuda = module.device.type == "cuda"
         common: dict[str, Any] = {
             **asdict(protocol),
@@ -116,18 +156,10 @@ class Objective:
             "device": module.device.type,
             "num_threads": None if is_cuda else torch.get_num_threads(),
         }
-        self.fingerprint_parts = {"resize": "none", **common, **metric.fingerprint(), "quality": measures_quality}
+        self.fingerprint_parts = {"resize": "none", **common, **self.score.fingerprint(), "quality": measures_quality}
         self.fingerprint = digest(self.fingerprint_parts)
         self.further_parts = {m.name: {**common, **m.fingerprint()} for m in self.further}
         self.further_fingerprints = {name: digest(parts) for name, parts in self.further_parts.items()}
-
-    def images(self, candidate: Candidate) -> Iterator[Tensor]:
-        """Images of a candidate, one micro-batch after the other; they stay on the device."""
-        yield from self._images(candidate, self.protocol)
-
-    def _images(self, candidate: Candidate, protocol: Protocol) -> Iterator[Tensor]:
-        for indices in protocol.micro_batches():
-            yield self.module.images(candidate, indices, protocol.seed)
 
     def covers(self, trial: Trial) -> bool:
         """Whether a trial was scored by this protocol and with these quantizers."""
@@ -140,7 +172,7 @@ class Objective:
         *,
         name: str | None = None,
         generation: int | None = None,
-        images: MicroBatches | None = None,
+        feed: Feed | None = None,
     ) -> Trial:
         """Trial of a candidate: the recorded one if there is one, else a new one, recorded before it is returned.
 
@@ -149,7 +181,7 @@ class Objective:
         Args:
             candidate: What to score.
             phase, name, generation: See ``Trial``.
-            images: Makes the images instead of ``self.images``; must make the same ones.
+            feed: Makes the images instead of the module; must make the same ones.
         """
         known = self.trials.find(candidate, self.fingerprint, self.state)
         if known is not None and self._has_further(known):
@@ -159,7 +191,7 @@ class Objective:
             index = self.trials.num_lines
             trial = replace(earlier, index=index, phase=phase, name=name, generation=generation)
         else:
-            trial = self._trial(candidate, phase, name, generation, images or self.images)
+            trial = self._trial(candidate, phase, name, generation, feed)
         self.trials.append(trial)
         self._on_trial(trial)
         return trial
@@ -169,11 +201,11 @@ class Objective:
         return self.further_fingerprints.items() <= (trial.further or {}).items()
 
     def _trial(
-        self, candidate: Candidate, phase: str, name: str | None, generation: int | None, images: MicroBatches
+        self, candidate: Candidate, phase: str, name: str | None, generation: int | None, feed: Feed | None
     ) -> Trial:
         """Measure a candidate."""
-        metrics, intervals, problems = self._measure(candidate, images)
-        judged = (self.metric.name,) if self.measures_quality else PROXIES
+        metrics, intervals, problems = self._measure(candidate, feed)
+        judged = (self.score.name,) if self.measures_quality else PROXIES
         missing = {name: problems[name] for name in self.further_fingerprints if name in problems}
         return Trial(
             index=self.trials.num_lines,
@@ -197,127 +229,76 @@ class Objective:
         )
 
     def _measure(
-        self, candidate: Candidate, images: MicroBatches
+        self, candidate: Candidate, feed: Feed | None
     ) -> tuple[dict[str, float], dict[str, list[float]] | None, dict[str, str]]:
         """Metrics, their intervals, and why a metric could not be had."""
-        started = self._started(bool(self.bootstrap))
-        problems: dict[str, str] = {}
-        for batch in self._batches(candidate, images):
-            if batch is None:
-                return dict.fromkeys(started, math.nan), None, dict.fromkeys(started, "images held NaN or infinity")
-            for name, measurement in started.items():
-                if name not in problems:
-                    with _noting(problems, name):
-                        measurement.update(batch)
-        metrics = dict.fromkeys(started, math.nan)
-        for name, measurement in started.items():
-            if name not in problems:
-                with _noting(problems, name):
-                    metrics[name] = measurement.value()
-            perfect = math.inf if higher_is_better(name) else None  # a ratio to an error of zero
-            if name not in problems and not math.isfinite(metrics[name]) and metrics[name] != perfect:
-                problems[name] = f"{name} was {metrics[name]}"
+        started = self._started()
+        metrics, problems = self._evaluated(candidate, started, feed).values()
         main = self.metric.name
         if not self.bootstrap or not self.measures_quality or main in problems:
             return metrics, None, problems
         interval = started[main].interval(self.bootstrap, self.protocol.seed)
         return metrics, None if interval is None else {main: list(interval)}, problems
 
-    def _started(self, resampled: bool) -> dict[str, Measurement]:
+    def _started(self) -> dict[str, Measurement]:
         """Every metric of a trial, begun: the quality's first."""
-        cheap: list[Metric] = [Psnr()]
-        if self.metric.network is not None:
-            cheap.append(FeatureError(self.metric.network))
-        started = {self.metric.name: self.metric.start(resampled=resampled)} if self.measures_quality else {}
-        for metric in (*cheap, *self.further):
-            started.setdefault(metric.name, metric.start())
+        metric, cheap, started = self.metric, list[Metric]([Psnr()]), dict[str, Measurement]()
+        if metric.network is not None:
+            cheap.append(FeatureError(metric.network))
+        if self.measures_quality:
+            started = {m.name: m.start(resampled=bool(self.bootstrap)) for m in (metric, self.score)}
+        for other in (*cheap, *self.further):
+            started.setdefault(other.name, other.start())
         return started
 
-    def _batches(self, candidate: Candidate, images: MicroBatches) -> Iterator[Batch | None]:
-        """Micro-batches with what metrics compare them with; None in place of one that is not finite."""
-        is_reference = candidate == self.reference_candidate
-        reference = _Made.empty() if is_reference else self._reference_made()
-        num_paired, done = self.protocol.paired().num_images, 0
-        for made in self._made(candidate, self.protocol, images):
-            if not made.images.isfinite().all():
-                yield None
-                return
-            if is_reference:
-                reference = reference.joined(made[: max(0, num_paired - done)])
-            paired = reference[done : done + len(made.images)]
-            yield Batch(made.images, paired.images, self._prompts(done, len(made.images)), made.latents, paired.latents)
-            done += len(made.images)
-        if is_reference:
-            self._reference = reference
-
-    def _made(self, candidate: Candidate, protocol: Protocol, images: MicroBatches | None = None) -> Iterator[_Made]:
-        """Micro-batches of a candidate; with latents where a metric reads them, and then made here in any case."""
-        if not self._needs_latents:
-            parts = self._images(candidate, protocol) if images is None else images(candidate)
-            yield from (_Made(part) for part in protocol.wanted(parts))
-            return
-        missing = protocol.num_images
-        for indices in protocol.micro_batches():
-            latents = self.module.latents(candidate, indices, protocol.seed)
-            with torch.inference_mode():
-                made = self.module.task.decode(latents)
-            yield _Made(made, latents)[:missing]
-            missing -= len(indices)
-
-    def _prompts(self, first: int, count: int) -> tuple[str, ...] | None:
-        conditions = self.module.task.conditions
-        return conditions.of_images(range(first, first + count)) if isinstance(conditions, Prompts) else None
-
-    def _reference_made(self) -> _Made:
-        """The float reference's images of the first of these seeds."""
-        if self._reference is None:
-            found = _Made.empty()
-            for part in self._made(self.reference_candidate, self.protocol.paired()):
-                found = found.joined(part)
-            self._reference = found
-        return self._reference
-
     def interval(self, candidate: Candidate, num_resamples: int) -> list[float] | None:
-        """Bootstrap interval of a candidate's quality over images, 95 %; None where the metric has none."""
-        measurement = self.metric.start(resampled=True)
-        for batch in self._batches(candidate, self.images):
-            if batch is None:
-                return None
-            measurement.update(batch)
-        interval = measurement.interval(num_resamples, self.protocol.seed)
+        """Bootstrap interval of a candidate's score over images, 95 %; None where there is none."""
+        measurement = self.score.start(resampled=True)
+        _, problems = self._evaluated(candidate, {self.score.name: measurement}).values()
+        interval = None if problems else measurement.interval(num_resamples, self.protocol.seed)
         return None if interval is None else list(interval)
 
+    def _evaluated(
+        self, candidate: Candidate, started: Mapping[str, Measurement], feed: Feed | None = None
+    ) -> Evaluation:
+        """Measurements that have taken all images of a candidate."""
+        is_reference = candidate == self.reference_candidate
+        conditions = self.module.task.conditions
+        evaluation = Evaluation(
+            started,
+            self.protocol.num_images,
+            self.protocol.paired().num_images,
+            None if is_reference else self._reference_made(),
+            conditions.of_images if isinstance(conditions, Prompts) else None,
+            self._reference_memos,
+        )
+        self._make(candidate, self.protocol, evaluation.take, feed)
+        if len(evaluation.own.images) == self.protocol.paired().num_images:
+            self._reference = evaluation.own
+        return evaluation
 
-@dataclass(frozen=True)
-class _Made:
-    """Images with their latents, where a metric reads them."""
+    def _make(
+        self, candidate: Candidate, protocol: Protocol, take: Callable[[Made], None], feed: Feed | None = None
+    ) -> None:
+        """Make the images of a candidate; with latents where a metric reads them, and then here in any case."""
+        if feed is not None and not self._needs_latents:
+            feed(candidate, lambda images: take(Made(images)))
+            return
+        for indices in protocol.micro_batches():
+            if self._needs_latents:
+                latents = self.module.latents(candidate, indices, protocol.seed)
+                with torch.inference_mode():
+                    take(Made(self.module.task.decode(latents), latents))
+            else:
+                take(Made(self.module.images(candidate, indices, protocol.seed)))
 
-    images: Tensor
-    latents: Tensor | None = None
-
-    @classmethod
-    def empty(cls) -> _Made:
-        return cls(torch.empty(0))
-
-    def __getitem__(self, part: slice) -> _Made:
-        return _Made(self.images[part], None if self.latents is None else self.latents[part])
-
-    def joined(self, other: _Made) -> _Made:
-        """These and others behind them."""
-        if not len(self.images):
-            return other
-        if self.latents is None or other.latents is None:
-            return _Made(torch.cat([self.images, other.images]))
-        return _Made(torch.cat([self.images, other.images]), torch.cat([self.latents, other.latents]))
-
-
-@contextmanager
-def _noting(problems: dict[str, str], name: str) -> Iterator[None]:
-    """Note why a metric broke down: features too degenerate for it are this candidate's fault."""
-    try:
-        yield
-    except (ValueError, LinAlgError) as error:
-        problems[name] = f"{name}: {error}"
+    def _reference_made(self) -> Made:
+        """The float reference's images of the first of these seeds."""
+        if self._reference is None:
+            parts, protocol = list[Made](), self.protocol.paired()
+            self._make(self.reference_candidate, protocol, parts.append)
+            self._reference = reduce(Made.joined, parts)[: protocol.num_images]
+        return self._reference
 
 
 def label(candidate: Candidate, weighted: Sequence[bool]) -> dict[str, float | str]:

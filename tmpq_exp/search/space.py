@@ -140,13 +140,29 @@ class SearchSpace:
             genes[:2] = self.num_choices[:2] - 1
         return self.decode(timesteps, genes)
 
-    def mutate(self, candidate: Candidate, mutation_prob: float, rng: np.random.Generator) -> Candidate:
+    def mutate(
+        self,
+        candidate: Candidate,
+        mutation_prob: float,
+        rng: np.random.Generator,
+        *,
+        step_mutation_prob: float | None = None,
+        reach: float = 1.0,
+    ) -> Candidate:
         """Redraw each gene uniformly with probability ``mutation_prob``; see ``StepSpace.mutate`` for timesteps.
 
         A redrawn gene may keep its value, as in the release. A step that is new starts with the allocation of its
         counterpart.
+
+        Args:
+            candidate: Candidate of this space.
+            mutation_prob: Of bits and tiles, in [0, 1].
+            rng: Source of randomness.
+            step_mutation_prob: Of timesteps; None: as the others.
+            reach: See ``StepSpace.mutate``.
         """
-        timesteps = self.steps.mutate(candidate.timesteps, mutation_prob, rng)
+        step_prob = mutation_prob if step_mutation_prob is None else step_mutation_prob
+        timesteps = self.steps.mutate(candidate.timesteps, step_prob, rng, reach)
         genes = self._genes_at(candidate, timesteps)
         redrawn = self._draw_genes(genes.shape[1], rng)
         return self.decode(timesteps, np.where(rng.random(genes.shape) < mutation_prob, redrawn, genes))

@@ -131,17 +131,26 @@ class StepSpace:
             kept.append(steps)
         return _joined(kept)
 
-    def mutate(self, timesteps: Sequence[int], mutation_prob: float, rng: np.random.Generator) -> tuple[int, ...]:
+    def mutate(
+        self, timesteps: Sequence[int], mutation_prob: float, rng: np.random.Generator, reach: float = 1.0
+    ) -> tuple[int, ...]:
         """Move each timestep within its group, and let each group gain or lose one, with probability ``mutation_prob``.
 
         A moved timestep may keep its place, as in the release.
+
+        Args:
+            timesteps: The sequence.
+            mutation_prob: In [0, 1].
+            rng: Source of randomness.
+            reach: How far a timestep may move, as a share of its group, in (0, 1]. Below 1 is ours.
         """
         kept = self.split(timesteps)
         for group, steps in enumerate(kept):
             for timestep in tuple(steps):
                 if rng.random() < mutation_prob:
                     steps.remove(timestep)
-                    insort(steps, _unused(self.groups[group], steps, rng))
+                    near = _near(self.groups[group], timestep, reach)
+                    insort(steps, _unused(near, [used for used in steps if near[0] <= used <= near[-1]], rng))
             floor, room = self._floor(group), self._room(group)
             if floor < room and rng.random() < mutation_prob:
                 if len(steps) == floor or (len(steps) < room and rng.random() < 0.5):
@@ -225,6 +234,12 @@ class StepSpace:
 def _draw(rng: np.random.Generator, count: int) -> int:
     """Uniform integer below ``count``; several times as fast as ``rng.integers`` for one number."""
     return int(rng.random() * count)
+
+
+def _near(group: Sequence[int], timestep: int, reach: float) -> Sequence[int]:
+    """Members of an ascending group at most this share of it away from one of them, at least one on either side."""
+    position, distance = bisect_left(group, timestep), max(1, round(reach * len(group)))
+    return group[max(0, position - distance) : position + distance + 1]
 
 
 def _unused(pool: Sequence[int], used: Sequence[int], rng: np.random.Generator) -> int:

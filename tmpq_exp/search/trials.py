@@ -102,7 +102,7 @@ class TrialLog:
             if tail:
                 self._cut(len(data) - tail)
             self.num_lines = data.count(b"\n")
-            for trial in self._parsed(path, data):
+            for trial in self._noting(_parsed(path, data)):
                 self._remember(trial)
         self._elsewhere = {directory: -1 for directory in reuse}
         self._reusable: dict[tuple[str, str, str], Trial] = {}
@@ -118,21 +118,13 @@ class TrialLog:
             self._elsewhere[directory] = len(data)
             self._reusable |= {
                 _identity(trial): replace(trial, source=trial.source or str(directory))
-                for trial in self._parsed(file, data[: data.rfind(b"\n") + 1])
+                for trial in self._noting(_parsed(file, data[: data.rfind(b"\n") + 1]))
             }
 
-    def _parsed(self, path: Path, data: bytes) -> list[Trial]:
-        """Readable trials of a file; what cannot be read is said."""
-        *lines, tail = data.split(b"\n")
-        if tail:
-            self.warnings.append(f"{path.name}: its last line was cut after {len(tail)} bytes and is left out")
-        trials = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                trials.append(_parse(line))
-            except (ValueError, TypeError, KeyError) as error:
-                self.warnings.append(f"{path.name}: line {number} is damaged and is left out ({error})")
-        return trials
+    def _noting(self, found: tuple[list[Trial], list[str]]) -> list[Trial]:
+        """The trials; what was found damaged is kept for the reader."""
+        self.warnings += found[1]
+        return found[0]
 
     def _cut(self, size: int) -> None:
         try:
@@ -182,6 +174,28 @@ class TrialLog:
     def of_phase(self, *phases: str) -> list[Trial]:
         """Trials of these phases in order."""
         return [trial for trial in self.trials if trial.phase in phases]
+
+
+def read_trials(path: Path) -> tuple[list[Trial], list[str]]:
+    """Trials of a file that another run may still be writing, which is left as it is, and what was found damaged.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    return _parsed(path, _read(path))
+
+
+def _parsed(path: Path, data: bytes) -> tuple[list[Trial], list[str]]:
+    """Readable trials of a file, and a sentence for everything that is not."""
+    *lines, tail = data.split(b"\n")
+    warnings = [f"{path.name}: its last line was cut after {len(tail)} bytes and is left out"] if tail else []
+    trials = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            trials.append(_parse(line))
+        except (ValueError, TypeError, KeyError) as error:
+            warnings.append(f"{path.name}: line {number} is damaged and is left out ({error})")
+    return trials, warnings
 
 
 def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:

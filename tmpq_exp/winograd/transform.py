@@ -303,8 +303,8 @@ def tap_std(transform: Transform, scales: WinogradScales) -> tuple[float, ...]:
 def range_map(transform: Transform, scales: WinogradScales) -> tuple[tuple[float, ...], ...]:
     """Standard deviation of the Hadamard product M at each of the n x n taps for white input and weights.
 
-    The outer product of ``tap_std`` from the left and from the right: rank 1. Standard scales show the cross of large
-    taps in its middle; closed-form scales are flat, 1 everywhere.
+    The outer product of ``tap_std`` from the left and from the right: rank 1. Standard scales show a cross, rows and
+    columns of taps far larger or smaller than the others; closed-form scales are flat, 1 everywhere.
     """
     columns = tap_std(transform, scales.right())
     return tuple(tuple(row * column for column in columns) for row in tap_std(transform, scales))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tmpq_exp.cost import LayerShape
-from tmpq_exp.zoo.task import CostedModel, unet_layers
+from tmpq_exp.zoo.task import CostedModel, probe, unet_layers
 
 
 class BareArchitecture(CostedModel):
@@ -39,28 +39,37 @@ class BareArchitecture(CostedModel):
         guided: bool = False,
         diffusers: Callable[[], nn.Module] | None = None,
     ) -> None:
-        _check_shape("model.sample_shape", sample_shape, "(C, H, W)", 3)
+        _check_shape("sample_shape", sample_shape, "(C, H, W)", 3)
         if context_shape is not None:
-            _check_shape("model.context_shape", context_shape, "(tokens, channels)", 2)
-        for key, builder in (("model.unet", unet), ("model.diffusers", diffusers)):
+            _check_shape("context_shape", context_shape, "(tokens, channels)", 2)
+        for key, builder in (("unet", unet), ("diffusers", diffusers)):
             _check_arguments(key, builder)
         self.name, self.guided = name, guided
         self.sample_shape, self.context_shape = tuple(sample_shape), context_shape
-        self._unet, self._diffusers = unet, diffusers
+        self.unet, self.diffusers = unet, diffusers
 
     def layers(self) -> tuple[LayerShape, ...]:
         """See ``CostedModel.layers``."""
-        return self._layers(self._unet)
+        return self._layers(self.unet)
 
     def diffusers_layers(self) -> tuple[LayerShape, ...] | None:
         """See ``CostedModel.diffusers_layers``."""
-        return None if self._diffusers is None else self._layers(self._diffusers)
+        return None if self.diffusers is None else self._layers(self.diffusers)
+
+    def on_meta(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """A network of one of the builders, without memory."""
+        with torch.device("meta"):
+            return build()
+
+    def probe(self, network: nn.Module) -> Any:
+        """One call with one image of zeros."""
+        return probe(network, self.sample_shape, self._conditioning())
 
     def _layers(self, build: Callable[[], nn.Module]) -> tuple[LayerShape, ...]:
-        with torch.device("meta"):
-            network = build()
-        context = {} if self.context_shape is None else {"encoder_hidden_states": torch.zeros(1, *self.context_shape)}
-        return unet_layers(network, self.sample_shape, context)
+        return unet_layers(self.on_meta(build), self.sample_shape, self._conditioning())
+
+    def _conditioning(self) -> dict[str, torch.Tensor]:
+        return {} if self.context_shape is None else {"encoder_hidden_states": torch.zeros(1, *self.context_shape)}
 
 
 def _check_shape(key: str, shape: Sequence[int], meaning: str, length: int) -> None:

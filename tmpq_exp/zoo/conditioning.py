@@ -21,6 +21,9 @@ NUM_CACHED_PROMPTS = 1024
 class Conditioning(ABC):
     """Keyword arguments of a U-Net for images of a stream; image i gets the same in any batch."""
 
+    def follow(self, device: torch.device) -> None:  # noqa: B027 - most have nothing to move
+        """Do what there is to compute on this device from now on."""
+
     @abstractmethod
     def inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
         """For these images, on the CPU; the first axis of every tensor is the image."""
@@ -67,15 +70,16 @@ class ClassLabels(Conditioning):
 
     def inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
         """See ``Conditioning.inputs``."""
-        return self._of_labels([int(i) % self.num_classes for i in image_indices])
+        return self.of([int(i) % self.num_classes for i in image_indices])
 
     def null_inputs(self, num_images: int) -> dict[str, Tensor]:
         """See ``Conditioning.null_inputs``."""
         if self.null_label is None:
             return super().null_inputs(num_images)
-        return self._of_labels([self.null_label] * num_images)
+        return self.of([self.null_label] * num_images)
 
-    def _of_labels(self, labels: Sequence[int]) -> dict[str, Tensor]:
+    def of(self, labels: Sequence[int]) -> dict[str, Tensor]:
+        """For images of these labels."""
         if self.embeddings is None:
             return {"class_labels": torch.tensor(labels)}
         return {"encoder_hidden_states": self.embeddings[list(labels)]}
@@ -93,7 +97,7 @@ class Prompts(Conditioning):
 
     Args:
         prompts: At least one.
-        embed: Prompt -> embedding ``(tokens, width)``, on any device.
+        embed: Prompt -> embedding ``(tokens, width)``, on any device; moved by its method ``to`` if it has one.
         encoder: What the embeddings depend on besides the prompt, for fingerprints: a hash of weights and tokenizer.
         negative_prompt: The prompt of no condition, for guidance.
     """
@@ -103,7 +107,8 @@ class Prompts(Conditioning):
     ) -> None:
         if not prompts:
             raise ValueError("prompts must hold at least one prompt, found none")
-        self.prompts, self.negative_prompt, self._encoder = tuple(prompts), negative_prompt, encoder
+        self.prompts, self.negative_prompt = tuple(prompts), negative_prompt
+        self.embed, self._encoder, self._device = embed, encoder, torch.device("cpu")
 
         def embedded(prompt: str) -> Tensor:
             with torch.inference_mode(False), torch.no_grad():  # reconstruction differentiates through its users
@@ -111,22 +116,31 @@ class Prompts(Conditioning):
 
         self._embedded = lru_cache(NUM_CACHED_PROMPTS)(embedded)
 
+    def follow(self, device: torch.device) -> None:
+        """See ``Conditioning.follow``; embeddings of another device are made anew, because they differ in last bits."""
+        move: Callable[[torch.device], object] | None = getattr(self.embed, "to", None)
+        if move is not None and device != self._device:
+            move(device)
+            self._device = device
+            self._embedded.cache_clear()
+
     def inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
         """See ``Conditioning.inputs``."""
-        return self._of(self.of_images(image_indices))
-
-    def of_images(self, image_indices: Sequence[int]) -> tuple[str, ...]:
-        """The prompts of these images."""
-        return tuple(self.prompts[int(i) % len(self.prompts)] for i in image_indices)
+        return self.of(self.of_images(image_indices))
 
     def null_inputs(self, num_images: int) -> dict[str, Tensor]:
         """See ``Conditioning.null_inputs``."""
-        return self._of([self.negative_prompt] * num_images)
+        return self.of([self.negative_prompt] * num_images)
 
-    def _of(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def of(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """For images of these prompts."""
         return {"encoder_hidden_states": torch.stack([self._embedded(prompt) for prompt in prompts])}
 
     def fingerprint(self) -> dict[str, Any]:
         """See ``Conditioning.fingerprint``."""
         text = hashlib.sha256(json.dumps([self.prompts, self.negative_prompt]).encode()).hexdigest()[:16]
         return {"kind": "prompts", "num_prompts": len(self.prompts), "text": text, "encoder": self._encoder}
+
+    def of_images(self, image_indices: Sequence[int]) -> tuple[str, ...]:
+        """The prompts of these images."""
+        return tuple(self.prompts[int(i) % len(self.prompts)] for i in image_indices)

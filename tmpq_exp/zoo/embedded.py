@@ -70,6 +70,7 @@ class EmbeddedDDPM(TrainableDiffusionModel):
             sample_shape=self.image_shape,
             sampler=DDIM(self.alphas_cumprod(), clip_sample=self.clip_sample),
             conditions=ClassLabels(len(self.class_names)),
+            origin=self,
         )
 
     def training_module(self) -> DiffusionTraining:

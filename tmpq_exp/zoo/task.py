@@ -44,6 +44,7 @@ class DiffusionTask:
         guidance_scale: Scale of classifier-free guidance; 1 is without, and then there is no call without condition.
         decoder: Turns clean states into images.
         spacing: How kept timesteps are laid where none are searched.
+        origin: The option of the model group that made it; a recipe asks it how to make the task again.
 
     References:
         Ho, Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598, equation 6, with the scale counted from 1
@@ -58,6 +59,7 @@ class DiffusionTask:
     guidance_scale: float = 1.0
     decoder: Decoder = field(default_factory=Pixels)
     spacing: TimestepSpacing = TimestepSpacing.QUADRATIC
+    origin: DiffusionModel | None = None
 
     @cached_property
     def weights_hash(self) -> str:
@@ -150,7 +152,9 @@ class DiffusionTask:
         """
         device = next(unet.parameters()).device
         noise = initial_noise(self.sample_shape, image_indices, seed).to(device)
-        conditioning = {key: value.to(device) for key, value in self._call_inputs(image_indices).items()}
+        self.conditions.follow(device)
+        inputs = self.with_null(self.conditioning(image_indices), len(image_indices))
+        conditioning = {key: value.to(device) for key, value in inputs.items()}
 
         def predict(x: Tensor, timestep: int, step_index: int) -> Tensor:
             seen = x if self.calls_per_step == 1 else torch.cat([x, x])
@@ -174,12 +178,11 @@ class DiffusionTask:
         images = self.decoder(x0)
         return (images / 2 + 0.5).clamp(0, 1).masked_fill_(~images.isfinite(), float("nan"))
 
-    def _call_inputs(self, image_indices: Sequence[int]) -> dict[str, Tensor]:
-        """Keyword arguments of one call of the U-Net for these images, those without condition first."""
-        inputs = self.conditioning(image_indices)
+    def with_null(self, inputs: dict[str, Tensor], num_images: int) -> dict[str, Tensor]:
+        """Keyword arguments of one call of the U-Net for these images: with guidance, those without condition first."""
         if self.calls_per_step == 1:
             return inputs
-        null = self.conditions.null_inputs(len(image_indices))
+        null = self.conditions.null_inputs(num_images)
         return {key: torch.cat([null[key], value]) for key, value in inputs.items()}
 
 

@@ -1,0 +1,59 @@
+"""task=report: one page and one CSV file that compare finished runs, such as the jobs of a sweep."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tmpq_exp.config import Config, UserError
+from tmpq_exp.report.comparison import ComparedRun, groups_of, mixed_message, write_comparison_csv
+from tmpq_exp.report.comparison_page import comparison_html, comparison_tables
+from tmpq_exp.rundir import RunDirectory, writing
+from tmpq_exp.runs import differing_settings, past_runs
+
+LEAST_WIDTH = 110
+"""Columns of the terminal's table, so that names of runs are not cut where nothing says how wide it may be."""
+
+
+def compare(config: Config, resolved: dict[str, Any]) -> None:
+    """Write ``comparison.html`` and ``comparison.csv`` into the run directory and print the tables.
+
+    Runs that were measured under different fingerprints stand in tables and plots of their own, and the page says in
+    what they differ. Runs that are not finished are named.
+
+    Args:
+        config: Checked configuration; ``runs`` names the runs.
+        resolved: The same as plain data; kept as ``config.yaml``.
+
+    Raises:
+        UserError: If a run cannot be read, is of another task, or none is finished.
+    """
+    found = past_runs(config.runs)
+    for past in found:
+        if past.kind != "run":
+            raise UserError(
+                f"runs: {past.directory.path} is of task={past.kind}; task=report compares runs of task=run"
+            )
+    settings = differing_settings(found)
+    runs = [
+        ComparedRun(past.name, past.directory.path, past.report, differs, len(past.trials))
+        for past, differs in zip(found, settings, strict=True)
+    ]
+    groups = groups_of(runs)
+    if not groups:
+        raise UserError(f"runs: none of the {len(runs)} runs is finished (no report.json); resume them first")
+    path = Path(config.paths.run_dir)
+    with writing(path):
+        directory = RunDirectory.claim(path, resolved)
+        comparison_html(directory.comparison_html, runs)
+        write_comparison_csv(directory.comparison_csv, runs)
+    console = Console()
+    console.width = max(console.width, LEAST_WIDTH)
+    for table in comparison_tables(runs):
+        console.print(table)
+    for message in filter(None, [mixed_message(groups)]):
+        print(f"note: {message}", file=sys.stderr)
+    print(f"report  {directory.comparison_html}\ncsv     {directory.comparison_csv}")

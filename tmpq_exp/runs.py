@@ -1,0 +1,133 @@
+"""Owns the reading of run directories that other jobs made, finished or not, without touching them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from tmpq_exp.config import UserError
+from tmpq_exp.report.classification import validate_classification
+from tmpq_exp.report.content import validate_report
+from tmpq_exp.rundir import RunDirectory, flatten
+from tmpq_exp.search.trials import read_trials
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """What a run directory holds.
+
+    Args:
+        directory: The directory.
+        kind: ``run``, ``classify``, ``train`` or whatever its task was.
+        config: Its resolved configuration.
+        trials: Records of its ``trials.jsonl``; empty if it has none.
+        report: Content of its ``report.json``; None if it is not finished.
+        warnings: What was found damaged.
+    """
+
+    directory: RunDirectory
+    kind: str
+    config: Mapping[str, Any]
+    trials: Sequence[Mapping[str, Any]]
+    report: Mapping[str, Any] | None
+    warnings: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """Name of the directory."""
+        return self.directory.path.resolve().name
+
+
+KINDS = {
+    "tmpq_exp.pipeline.run": "run",
+    "tmpq_exp.classify.classify": "classify",
+    "tmpq_exp.train.train": "train",
+}
+"""Tasks that leave a run directory, by their target."""
+
+
+def past_runs(paths: Sequence[str]) -> list[PastRun]:
+    """The run directories, and those right below directories of sweeps.
+
+    Args:
+        paths: The key ``runs``.
+
+    Raises:
+        UserError: If there is none, one cannot be read, or one is given twice.
+    """
+    if not paths:
+        raise UserError("runs: no run directory given; for example 'runs=[outputs/ddpm_digits/2026-01-31_12-00-00]'")
+    directories = [directory for path in paths for directory in _run_directories(Path(path))]
+    resolved = [directory.resolve() for directory in directories]
+    for directory in directories:
+        if resolved.count(directory.resolve()) > 1:
+            raise UserError(f"runs: {directory} is given more than once")
+    return [read_run(directory) for directory in directories]
+
+
+def read_run(path: Path) -> PastRun:
+    """What a run directory holds.
+
+    Raises:
+        UserError: If one of its files cannot be read; it is named.
+    """
+    directory = RunDirectory(path)
+    config = _read_config(directory.config)
+    trials, warnings = read_trials(directory.trials) if directory.trials.exists() else ([], [])
+    kind = KINDS.get(str((config.get("task") or {}).get("_target_")), "other")
+    report = _read_report(directory.report_json, kind) if directory.report_json.exists() else None
+    return PastRun(directory, kind, config, [asdict(trial) for trial in trials], report, warnings)
+
+
+def differing_settings(runs: Sequence[PastRun]) -> list[dict[str, Any]]:
+    """For every run its settings that are not the same in all, under dotted names; logger and paths left out."""
+    flat = [flatten({k: v for k, v in run.config.items() if k not in ("logger", "paths", "runs")}) for run in runs]
+    keys = [
+        key
+        for key in dict.fromkeys(key for one in flat for key in one)
+        if len({repr(one.get(key)) for one in flat}) > 1
+    ]
+    return [{key: one.get(key) for key in keys} for one in flat]
+
+
+def _run_directories(path: Path) -> list[Path]:
+    if RunDirectory(path).config.exists():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"runs: {path} is no directory; a run directory, or one of a sweep, was expected")
+    below = sorted((child for child in path.iterdir() if RunDirectory(child).config.exists()), key=_job_order)
+    if not below:
+        raise UserError(f"runs: {path} is no run directory and holds none (no config.yaml there)")
+    return below
+
+
+def _job_order(path: Path) -> tuple[int, str]:
+    """Jobs of a sweep in the order of their numbers, which their names start with."""
+    number = path.name.partition("_")[0]
+    return int(number) if number.isdecimal() else 0, path.name
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"runs: {path} cannot be read as YAML ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"runs: {path} holds no configuration of this program")
+    return {str(key): value for key, value in config.items()}
+
+
+def _read_report(path: Path, kind: str) -> Mapping[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        (validate_classification if kind == "classify" else validate_report)(report)
+    except (ValueError, OSError) as error:
+        raise UserError(f"runs: {path} is no report of this version ({error})") from error
+    assert isinstance(report, dict)
+    return report
