@@ -60,7 +60,8 @@ def test_page_says_what_was_found_and_how_honest_it_is(tmp_path: Path) -> None:
     _, page = render(tmp_path, make_report())
     for words in (
         "reaches fd_digits 17.62", "reaches 20.40", "13.6 % lower", "better", "simulated", "which the search never saw",
-        "measured on unit Gaussian input", "not a 3x3 convolution", "tmpq_exp.load(", "apply_recipe", "search-f", "final-f",
+        "measured on unit Gaussian input", "not a 3x3 convolution", "tmpq_exp.load(", "apply_recipe",
+        "search-f", "final-f",
         "within the noise",
         "Short last groups", "the evaluation budget is spent", "mid_block.attentions.0.products",
     ):  # fmt: skip
