@@ -129,6 +129,7 @@ ORDER = (
     "report.classification_page",
     "report.comparison",
     "report.comparison_page",
+    "report.paper_table",
     "runs",
     "tracking.tracker",
     "tracking.training",
@@ -155,6 +156,7 @@ ORDER = (
     "classify",
     "relog",
     "compare",
+    "tabulate",
     # (6) the doors: the package's public names, and the command line
     "",
     "__main__",
