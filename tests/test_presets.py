@@ -19,7 +19,6 @@ from tmpq_exp.config import STAND_INS, PaperConfig, UserError, register_schema, 
 from tmpq_exp.report.classification import validate_classification
 from tmpq_exp.report.content import validate_report
 from tmpq_exp.smoke import METRIC, POPULATION, small_search
-from tmpq_exp.zoo.stand_ins import classifier_stand_in, pipeline_stand_in, resnet
 
 EXPERIMENTS = sorted(
     path.relative_to(conf_dir() / "experiment").with_suffix("").as_posix()
@@ -160,35 +159,6 @@ def test_a_search_shrinks_in_proportion() -> None:
     assert small_search({"population_size": 4, "num_parents": 4}) == {}
     with pytest.raises(UserError, match="found 'many'"):
         small_search({"population_size": "many"})
-
-
-@pytest.mark.parametrize("family", ["ldm_of_classes", "stable_diffusion"])
-def test_a_stand_in_is_made_once_and_the_same_each_time(family: str, tmp_path: Path) -> None:
-    state = torch.random.get_rng_state()
-    folders = [pipeline_stand_in(family, tmp_path / place) for place in ("a", "b")]
-    assert torch.random.get_rng_state().equal(state)
-    contents = [
-        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")} for folder in folders
-    ]
-    assert contents[0] == contents[1] != {}
-    marker = folders[0] / "pipeline" / "model_index.json"
-    before = marker.stat().st_mtime_ns
-    assert pipeline_stand_in(family, tmp_path / "a") == folders[0]
-    assert marker.stat().st_mtime_ns == before
-    assert [path.name for path in (tmp_path / "a").iterdir()] == [folders[0].name]
-
-
-def test_an_unknown_depth_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.depth must be one of 18, 34, 50, found 19"):
-        classifier_stand_in("resnet_imagenet", 19, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_classifier_tells_images_apart() -> None:
-    with torch.inference_mode():
-        logits = resnet("resnet_cifar", 20)(torch.rand(8, 3, 32, 32))
-    assert logits.shape == (8, 3)
-    assert logits.std(dim=0).min() > 1e-3
 
 
 @pytest.mark.slow

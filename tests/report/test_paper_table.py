@@ -116,6 +116,12 @@ def test_latex_escapes_what_it_prints() -> None:
     ] * 2
 
 
+def test_a_name_with_a_line_break_stays_in_its_cell_and_its_comment() -> None:
+    found = rows("a\n\\input{x}", tier="smoke")
+    assert not [line for line in latex(found).splitlines() if line.startswith("\\input")]
+    assert len([line for line in markdown(found).splitlines() if "| best |" in line]) == 1
+
+
 def test_the_terminal_prints_names_in_brackets_as_they_are() -> None:
     console = Console(file=io.StringIO(), width=160)
     for table in terminal_tables(rows("[red]")):

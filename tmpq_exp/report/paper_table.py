@@ -112,7 +112,7 @@ class PaperRow:
         tolerance = "-" if self.tolerance is None else f"± {number(self.tolerance)}"
         verdict = self.verdict.value + ("" if self.verdict is not Verdict.OTHER_PROTOCOL else ", see notes")
         figures = (number(self.published), number(self.ours) + interval, difference, tolerance)
-        return (f"{self.row} ({self.run})", self.entry, self.metric, *figures, verdict)
+        return tuple(map(_one_line, (f"{self.row} ({self.run})", self.entry, self.metric, *figures, verdict)))
 
 
 def paper_rows(
@@ -187,7 +187,12 @@ def notes_of(rows: Sequence[PaperRow]) -> list[str]:
             notes[f"{row.run}: another protocol than the preset's: {'; '.join(row.differences)}."] = None
         if row.fingerprint:
             notes[f"{row.run}: {row.metric} was measured under fingerprint {row.fingerprint}."] = None
-    return [*notes, *_sources(rows), *_mixed(rows)]
+    return [*map(_one_line, (*notes, *_sources(rows), *_mixed(rows)))]
+
+
+def _one_line(text: str) -> str:
+    """A text that ends no cell and no comment."""
+    return " ".join(text.split())
 
 
 def _sources(rows: Sequence[PaperRow]) -> Iterator[str]:
