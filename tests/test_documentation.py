@@ -81,6 +81,12 @@ def test_commands_stand_in_blocks_that_say_bash() -> None:
             assert block.language or PROGRAM not in block.text, f"{page.name}: ```bash, or no test runs\n{block.text}"
 
 
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
 def test_a_comment_above_a_block_says_what_tests_replace(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     comments = "<!-- in tests: gpu -> cpu (none here) -->\n<!-- in tests: make -> make -n (long) -->\n"
