@@ -95,7 +95,7 @@ def test_a_comment_above_a_block_says_what_tests_replace(tmp_path: Path) -> None
     assert (output.language, output.replaced) == ("", [])
     (line,) = lines(block.text)
     assert small(line, block.replaced).split() == ["make", "-n", "all", "cpu", "now"]
-    assert small(f"{PROGRAM} tier=full", []) == f"{PROGRAM} num_threads=1 tier=full"
+    assert small(f"{PROGRAM} tier=full  # why", []) == f"{PROGRAM} tier=full num_threads=1 # why"
 
 
 @pytest.fixture(scope="module")
@@ -148,34 +148,41 @@ def small(line: str, replaced: list[tuple[str, str]]) -> str:
         line = line.replace(old, new)
     if PROGRAM not in line or "-h" in line.split():
         return line
-    added = [] if "tier=" in line else ["tier=smoke"]
-    added += [] if "num_threads=" in line else ["num_threads=1"]
-    return line.replace(PROGRAM, " ".join([PROGRAM, *added]), 1)
+    added = [word for word in ("tier=smoke", "num_threads=1") if f"{word.partition('=')[0]}=" not in line]
+    command, mark, comment = line.partition(" #")
+    return " ".join([command.rstrip(), *added]) + mark + comment
 
 
-RUN = [block for block in blocks(README) if block.language in ("bash", "python")]
+STEPS = [
+    (text, block.language, block.replaced)
+    for block in blocks(README)
+    if block.language in ("bash", "python")
+    for text in (lines(block.text) if block.language == "bash" else [block.text])
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(RUN)))
+@pytest.mark.parametrize("number", range(len(STEPS)))
 def test_every_command_of_the_readme_runs(number: int, home: Path) -> None:
-    """In the order of the page, in one folder: later blocks read what earlier ones wrote."""
-    block = RUN[number]
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "TORCH_HOME": str(home / "torch"),
-        "OMP_NUM_THREADS": "1",
-    }
-    if block.language == "python":
-        commanded = [[sys.executable, "-c", block.text]]
-    else:
-        commanded = [["bash", "-euo", "pipefail", "-c", small(line, block.replaced)] for line in lines(block.text)]
-    for command in commanded:
-        cwd = ROOT if command[-1].startswith("make") else home
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    """In the order of the page, in one folder: later ones read what earlier ones wrote."""
+    text, language, replaced = STEPS[number]
+    line = small(text, replaced) if language == "bash" else text
+    start = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+    done = subprocess.run(
+        [*start, line],
+        cwd=ROOT if line.startswith("make") else home,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "TORCH_HOME": str(home / "torch"),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
 @pytest.mark.slow
