@@ -14,7 +14,6 @@ from tmpq_exp.report import validate_report
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("text_weights")
 def test_the_whole_line_reports_distance_agreement_and_fidelity(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "tmpq_exp", "model=sd_digits", "tier=smoke", "logger=none", "num_threads=1"]

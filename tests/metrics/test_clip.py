@@ -167,7 +167,6 @@ def test_scores_of_another_encoder_by_hand() -> None:
         metric.check_images((3, 2, 2))
 
 
-@pytest.mark.usefixtures("text_weights")
 def test_the_embedded_clip_prefers_what_is_shown() -> None:
     metric = clip_digits()
     pixels, labels = CaptionedDigits(1, num_images=1, reference_images=1).reference_set
@@ -186,7 +185,6 @@ def test_the_embedded_clip_prefers_what_is_shown() -> None:
         score(["a cat"] * len(shown))
 
 
-@pytest.mark.usefixtures("text_weights")
 def test_the_fingerprint_of_the_embedded_clip_knows_its_weights(tmp_path: Path) -> None:
     network = DigitsCLIP().architecture()
     write_tensors(tmp_path / "other.safetensors", network.state_dict(), {"model": "clip_digits"})

@@ -60,7 +60,6 @@ def test_training_needs_a_recipe() -> None:
     assert sum(parameter.numel() for parameter in module.network.parameters()) < 1e6
 
 
-@pytest.mark.usefixtures("text_weights")
 def test_the_embedded_clip_tells_scenes_of_digits_it_never_saw() -> None:
     data = CaptionedDigits(1, num_images=2500, holdout_fraction=0.2, reference_images=1, seed=7)
     assert retrieval_percent(DigitsCLIP().load(), data.val_dataloader()) >= 90

@@ -104,7 +104,6 @@ def test_training_needs_a_recipe() -> None:
         DigitsTextToImage().training_module()
 
 
-@pytest.mark.usefixtures("text_weights")
 def test_generated_scenes_are_recognised() -> None:
     model = DigitsTextToImage()
     task, clip = model.task(), DigitsCLIP().load()
@@ -115,7 +114,6 @@ def test_generated_scenes_are_recognised() -> None:
     assert retrieval_percent(clip, [(images, torch.tensor([number[text] for text in prompts()]))]) >= 80
 
 
-@pytest.mark.usefixtures("text_weights")
 def test_embedded_weights_are_small_and_frozen() -> None:
     network = DigitsTextToImage().load()
     assert not any(parameter.requires_grad for parameter in network.parameters())

@@ -149,7 +149,8 @@ class DigitsTextToImage(TrainableDiffusionModel):
             name=self.name,
             unet=network.unet,
             sample_shape=self.image_shape,
-            sampler=DDIM(self._alphas_cumprod(), clip_sample=True),
+            # clipping x_0 works against guidance, the more steps the more: at 50 it leaves 18 % of the captions, not 88 %
+            sampler=DDIM(self._alphas_cumprod(), clip_sample=False),
             conditions=Prompts(prompts(), embed, encoder),
             guidance_scale=self.guidance_scale,
         )
