@@ -17,6 +17,7 @@ from tmpq_exp.report import validate_report
 def test_the_whole_line_reports_distance_agreement_and_fidelity(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "tmpq_exp", "model=sd_digits", "tier=smoke", "logger=none", "num_threads=1"]
+    command += ["model.guidance_scale=1.5"]  # not the default: the recipe knows it
     finished = subprocess.run(
         [*command, f"hydra.run.dir={run}", f"paths.cache_dir={tmp_path / 'cache'}"],
         capture_output=True,
@@ -33,4 +34,5 @@ def test_the_whole_line_reports_distance_agreement_and_fidelity(tmp_path: Path) 
     assert entries["w8a8"]["metrics"]["clip_digits"] > 50  # the digits that were asked for
     assert report["best"]["bitops"] <= report["budget"]["bitops"]
     model = apply_recipe(run / "recipe.json")
+    assert model.module.task.guidance_scale == 1.5
     assert model.sample(2, 0).shape == (2, 1, 24, 24)

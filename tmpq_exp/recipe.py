@@ -38,7 +38,7 @@ from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, task_layer
 from tmpq_exp.zoo.text_to_image import DigitsTextToImage
 from tmpq_exp.zoo.weights import fill, read_tensors, write_tensors
 
-RECIPE_SCHEMA = 3
+RECIPE_SCHEMA = 4
 EMBEDDED_MODELS: dict[str, type[TrainableDiffusionModel]] = {
     model.name: model for model in (DigitsDDPM, CifarDDPM, DigitsTextToImage)
 }
@@ -289,7 +289,17 @@ def _origin(path: Path, recipe: Mapping[str, Any], pipeline: str | None) -> Pipe
             f"{path}: the recipe is for model {recipe['model']!r}, which is not embedded "
             f"({', '.join(EMBEDDED_MODELS)}); give its float task"
         )
+    if recipe["model"] == DigitsTextToImage.name:
+        return DigitsTextToImage(guidance_scale=_guidance_scale(path, recipe))
     return EMBEDDED_MODELS[recipe["model"]]()
+
+
+def _guidance_scale(path: Path, recipe: Mapping[str, Any]) -> float:
+    sampler = recipe["sampler"]
+    found = sampler.get("guidance_scale") if isinstance(sampler, dict) else None
+    if type(found) not in (int, float):
+        raise ValueError(f"{path}: sampler.guidance_scale must be a number, found {found!r}")
+    return float(found)
 
 
 def _source(task: DiffusionTask) -> dict[str, Any]:
@@ -316,7 +326,7 @@ def _state_entry(state_path: Path) -> dict[str, str]:
 
 
 def _sampler(task: DiffusionTask) -> dict[str, Any]:
-    return {key: task.state_fingerprint[key] for key in ("schedule", "sampler")}
+    return {key: task.state_fingerprint[key] for key in ("schedule", "sampler", "guidance_scale")}
 
 
 def _candidate(data: Any, task: DiffusionTask, num_layers: int) -> Candidate:
