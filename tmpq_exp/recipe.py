@@ -297,7 +297,7 @@ def _origin(path: Path, recipe: Mapping[str, Any], pipeline: str | None) -> Pipe
 def _guidance_scale(path: Path, recipe: Mapping[str, Any]) -> float:
     sampler = recipe["sampler"]
     found = sampler.get("guidance_scale") if isinstance(sampler, dict) else None
-    if type(found) not in (int, float):
+    if not isinstance(found, int | float) or isinstance(found, bool):
         raise ValueError(f"{path}: sampler.guidance_scale must be a number, found {found!r}")
     return float(found)
 
