@@ -27,7 +27,7 @@ EXPERIMENTS = sorted(
 FOLDERS = ("tmpq_dm", "winograd")
 FEWER = (
     *("calibration.num_images=2", "calibration.num_timesteps=2", "search.num_generations=1"),
-    *("search.population_size=4", "search.num_crossovers=4", "objective.num_images=8", "evaluation.num_images=16"),
+    *("search.population_size=4", "search.num_crossovers=4", "evaluation.num_images=16"),
     *("evaluation.noise_seeds=0", "evaluation.ranked_candidates=0"),
 )
 """What makes the smoke tier of the embedded CIFAR-10 model, which is 14 times the digits model, end in a minute."""
