@@ -18,7 +18,7 @@ from tmpq_exp.__main__ import conf_dir, run_job
 from tmpq_exp.config import STAND_INS, PaperConfig, UserError, register_schema, to_config
 from tmpq_exp.report.classification import validate_classification
 from tmpq_exp.report.content import validate_report
-from tmpq_exp.smoke import METRIC, POPULATION, small_search
+from tmpq_exp.smoke import METRIC
 
 EXPERIMENTS = sorted(
     path.relative_to(conf_dir() / "experiment").with_suffix("").as_posix()
@@ -27,7 +27,7 @@ EXPERIMENTS = sorted(
 FOLDERS = ("tmpq_dm", "winograd")
 FEWER = (
     *("calibration.num_images=2", "calibration.num_timesteps=2", "search.num_generations=1"),
-    *("search.population_size=4", "search.num_crossovers=4", "objective.num_images=8", "evaluation.num_images=16"),
+    *("search.population_size=4", "search.num_crossovers=4", "evaluation.num_images=16"),
     *("evaluation.noise_seeds=0", "evaluation.ranked_candidates=0"),
 )
 """What makes the smoke tier of the embedded CIFAR-10 model, which is 14 times the digits model, end in a minute."""
@@ -150,15 +150,6 @@ def test_the_smoke_tier_makes_the_sizes_of_an_experiment_small() -> None:
 )
 def test_a_stand_in_takes_the_place_of_a_model_that_is_not_given(overrides: tuple[str, ...], wanted: bool) -> None:
     assert to_config(composed("experiment=tmpq_dm/cifar10_w6a6", *overrides)).wants_stand_in is wanted
-
-
-def test_a_search_shrinks_in_proportion() -> None:
-    release = dict(composed("search=tmpq_release").search)
-    small = small_search(release)
-    assert small == {"population_size": POPULATION, "num_parents": 2, "num_mutants": 3, "num_crossovers": 1}
-    assert small_search({"population_size": 4, "num_parents": 4}) == {}
-    with pytest.raises(UserError, match="found 'many'"):
-        small_search({"population_size": "many"})
 
 
 @pytest.mark.slow
