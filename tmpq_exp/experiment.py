@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from torch import Tensor
 
 from tmpq_exp.config import Config, UserError, WinogradConfig
 from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, is_eligible, saving_tiles
@@ -26,17 +27,19 @@ from tmpq_exp.diffusion.schedule import (
 from tmpq_exp.measuring import chosen_metrics
 from tmpq_exp.metrics.frechet import FrechetMetric
 from tmpq_exp.metrics.metric import Metric, Place
-from tmpq_exp.progress import StageProgress
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.recipe import read_candidate
 from tmpq_exp.rundir import RunDirectory, bad_input, digest
 from tmpq_exp.search.algorithm import Search
-from tmpq_exp.search.objective import Control, Objective, Protocol
+from tmpq_exp.search.executor import Executor, LocalExecutor
+from tmpq_exp.search.objective import Objective
+from tmpq_exp.search.protocol import Control, Protocol
 from tmpq_exp.search.random import RandomSearch
 from tmpq_exp.search.space import BitsPerStep, SearchSpace
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.seeding import stream_seed
+from tmpq_exp.trainers import own_device, stage_trainer
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.scales import ScaleSet, read_scales
 from tmpq_exp.zoo.task import (
@@ -71,6 +74,7 @@ class Experiment:
         winograd: Specification and scales of the tiles in use.
         tile_rule: Where tiles are searched, the candidate of the data-free rule for them; None if none fits.
         calibration: Losses of block-wise calibration.
+        executor: Who measures the supernet's candidates; this process unless another is set.
     """
 
     config: Config
@@ -89,7 +93,11 @@ class Experiment:
     further: tuple[Metric, ...] = ()
     warnings: tuple[str, ...] = ()
     calibration: list[dict[str, Any]] = field(default_factory=list)
+    executor: Executor = field(init=False)
     _objectives: dict[tuple[Any, ...], Objective] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.executor = LocalExecutor(self.module)
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
@@ -134,12 +142,9 @@ class Experiment:
             UserError: If a reference image cannot be read, or has another size than the others.
         """
         waiting = [metric for metric in (self.metric, *self.further) if not metric.is_ready]
-        if not waiting:
-            return
-        place = Place(self.device, Path(self.config.paths.cache_dir))
-        with self.timed("references"), bad_input():
-            for metric in waiting:
-                metric.make_ready(place)
+        if waiting:
+            with self.timed("references"):
+                make_ready(self.config, self.device, waiting)
 
     @property
     def search_seed(self) -> int:
@@ -183,9 +188,7 @@ class Experiment:
     def objective(
         self, stream: str, num_images: int, module: SupernetModule | None = None, **arguments: Any
     ) -> Objective:
-        """Objective on the image stream of this name; a Trainer's stage may have left the network on the CPU.
-
-        Those of the supernet are made once: stages that look at the same images share what stands beside them.
+        """Objective on the image stream of this name.
 
         Args:
             stream: Name of the image stream; that of ``search`` follows the search's seed.
@@ -193,13 +196,28 @@ class Experiment:
             module: Network that makes them; None takes the supernet.
             arguments: Further ones of ``Objective``.
         """
-        module = (module or self.module).to(self.device)
-        key = (stream, num_images, *sorted(arguments.items()))
-        if module is self.module and key in self._objectives:
-            return self._objectives[key]
         seed = self.search_seed if stream == "search" else self.config.seed
         config = self.config.evaluation
         protocol = Protocol(num_images, stream_seed(seed, stream), config.micro_batch, config.paired_images)
+        return self.objective_under(protocol, module, controlled=stream != "final", **arguments)
+
+    def objective_under(
+        self, protocol: Protocol, module: SupernetModule | None = None, *, controlled: bool, **arguments: Any
+    ) -> Objective:
+        """Objective under a protocol; a Trainer's stage may have left the network on the CPU.
+
+        Those of the supernet are made once: stages that look at the same images share what stands beside them.
+
+        Args:
+            protocol: Which images.
+            module: Network that makes them; None takes the supernet.
+            controlled: Whether the control stands beside them, where there is one.
+            arguments: Further ones of ``Objective``.
+        """
+        module = (module or self.module).to(self.device)
+        key = (protocol, controlled, *sorted(arguments.items()))
+        if module is self.module and key in self._objectives:
+            return self._objectives[key]
         state = content_hash(module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
         objective = Objective(
@@ -211,12 +229,19 @@ class Experiment:
             reference_candidate=self.baselines()["float_reference"],
             state=digest([asdict(self.config.quant), state, scales]),
             on_trial=self.on_trial,
-            control=self.control if stream != "final" else None,
+            control=self.control if controlled else None,
+            images=self._images if module is self.module else None,
             **arguments,
         )
         if module is self.module:
             self._objectives[key] = objective
         return objective
+
+    def _images(self, candidate: Candidate, protocol: Protocol) -> Iterator[Tensor]:
+        """Images of the supernet, by whoever makes them."""
+        self.module.to(self.device)
+        for images in self.executor.images(candidate, protocol):
+            yield images.to(self.device)
 
     @cached_property
     def control(self) -> Control | None:
@@ -225,33 +250,15 @@ class Experiment:
         if num_images == 0 or not isinstance(self.metric, FrechetMetric):
             return None
         protocol = Protocol(num_images, stream_seed(self.config.seed, "control"), self.config.evaluation.micro_batch)
-        return Control(self.module, self.metric, self.uniform(self.seed_timesteps(), FLOAT_BITS, FLOAT_BITS), protocol)
+        return Control(self._images, self.metric, self.uniform(self.seed_timesteps(), FLOAT_BITS, FLOAT_BITS), protocol)
 
 
-def stage_trainer(
-    config: Config, run: RunDirectory, name: str, total: int, *, count_epochs: bool = False, **arguments: Any
-) -> L.Trainer:
-    """A Trainer from the trainer group, with a progress bar of ``total`` batches or epochs."""
-    trainer: L.Trainer = instantiate(config.trainer)(
-        callbacks=[StageProgress(name, total, count_epochs=count_epochs)], default_root_dir=run.path, **arguments
-    )
-    return trainer
-
-
-def single_device(config: Config) -> torch.device:
-    """The device of the trainer group.
-
-    Raises:
-        UserError: If the group has several devices.
-    """
-    trainer: L.Trainer = instantiate(config.trainer)()
-    if trainer.world_size != 1:
-        raise UserError(
-            f"trainer: candidates are scored by one process on one device, found {trainer.world_size} devices; "
-            "set trainer.devices=1"
-        )
-    device: torch.device = trainer.strategy.root_device
-    return device
+@bad_input()
+def make_ready(config: Config, device: torch.device, metrics: Iterable[Metric]) -> None:
+    """Make metrics ready on a device; see ``Experiment.ready_metrics``."""
+    place = Place(device, Path(config.paths.cache_dir))
+    for metric in metrics:
+        metric.make_ready(place)
 
 
 @bad_input()
@@ -270,7 +277,7 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     space = _search_space(config, task, cost.layers)
     weight_choices, act_choices = _held_bits(config, space, cost.layers)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
-    device = single_device(config)
+    device = own_device(config)
     experiment = Experiment(config, run, task, metrics.quality, cost, space, 0, module, trials, on_trial, device)
     experiment.further, experiment.warnings = metrics.further, metrics.warnings
     experiment.budget_bitops = _budget_bitops(experiment)

@@ -2,7 +2,15 @@
 
 from tmpq_exp.config.checks import MAX_BITS, MIN_BITS, UserError
 from tmpq_exp.config.quantization import CalibrationConfig, Granularity, QuantConfig, QuantizerConfig
-from tmpq_exp.config.root import Config, LoggerConfig, PathsConfig, register_schema, to_config
+from tmpq_exp.config.root import (
+    Config,
+    ExecutorConfig,
+    LoggerConfig,
+    PathsConfig,
+    from_plain,
+    register_schema,
+    to_config,
+)
 from tmpq_exp.config.search import BudgetConfig, CostConfig, EvaluationConfig, ObjectiveConfig, SpaceConfig
 from tmpq_exp.config.winograd import (
     SCALES,
@@ -23,6 +31,7 @@ __all__ = [
     "Config",
     "CostConfig",
     "EvaluationConfig",
+    "ExecutorConfig",
     "Granularity",
     "LoggerConfig",
     "ObjectiveConfig",
@@ -35,6 +44,7 @@ __all__ = [
     "VariantConfig",
     "WinogradConfig",
     "WinogradLearningConfig",
+    "from_plain",
     "register_schema",
     "to_config",
 ]
