@@ -54,61 +54,48 @@ class RayWorker:
         return self._worker.images(candidate, indices, seed)
 
 
-class RayExecutor:
-    """Measures candidates on the workers that a Ray cluster has at the moment.
+class Actors:
+    """Actors of one class, as many as the cluster has room for, that do calls.
 
     Args:
-        experiment: The run.
-        config: Its resolved configuration.
+        actor: The class, as an actor; its method ``build`` makes an instance ready.
+        built_from: Argument of ``build``.
+        settings: How many, and how long to wait for the first.
+        resource: What each takes of the cluster: ``CPU`` or ``GPU``.
+        each: How much of it.
     """
 
-    is_local = False
-
-    def __init__(self, experiment: Experiment, config: dict[str, Any]) -> None:
-        self._settings: ExecutorConfig = experiment.config.executor
-        self._blueprint = Blueprint.here(config)
-        threads, on_gpu = self._blueprint.num_threads, experiment.device.type == "cuda"
-        self._resource, self._each = ("GPU", 1) if on_gpu else ("CPU", threads)
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": threads}
-        self._actor: Any = ray.remote(RayWorker).options(**options)
+    def __init__(self, actor: Any, built_from: Any, settings: ExecutorConfig, resource: str, each: int) -> None:
+        self._actor, self._built_from, self._settings = actor, built_from, settings
+        self._resource, self._each = resource, each
         self._starting: dict[ray.ObjectRef[None], Any] = {}
         self._idle: list[Any] = []
         self._num_lost = 0
-        self._beside: dict[tuple[str, str], ray.ObjectRef[Beside]] = {}
 
     @property
-    def num_workers(self) -> int:
+    def count(self) -> int:
         """As many as are asked for, or as the cluster has devices for now; at least one."""
         if self._settings.num_workers is not None:
             return self._settings.num_workers
         return max(1, int(ray.cluster_resources().get(self._resource, 0)) // self._each)
 
-    def measure(self, objective: Objective, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Measured]]:
-        """See ``Executor``."""
-        order = Order.of(objective)
-        if order.key not in self._beside:
-            self._beside[order.key] = ray.put(objective.beside())
-        beside = [self._beside[order.key]]  # in a list: fetched by those that have not seen it
-        for index, measured in self._run("measure", [(order, beside, candidate) for candidate in candidates]):
-            yield candidates[index], measured
+    def run(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Number and result of every call of a method, in the order in which they are done.
 
-    def images(self, candidate: Candidate, protocol: Protocol) -> Iterator[Tensor]:
-        """See ``Executor``."""
-        calls = [(candidate, indices, protocol.seed) for indices in protocol.micro_batches()]
-        made: dict[int, Tensor] = {}
-        wanted = 0
-        for index, images in self._run("images", calls):
-            made[index] = images
-            while wanted in made:
-                yield made.pop(wanted)
-                wanted += 1
+        A call whose actor was lost is made again, by another one; its result is given once.
 
-    def _run(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Number and result of every call of a worker's method, as they come."""
+        Args:
+            method: Name of the method.
+            calls: Arguments of each call.
+
+        Raises:
+            UserError: If no actor is there and none could be started in time, or a call found bad input.
+            RuntimeError: If a call went wrong, or actors were lost too often.
+        """
         missing, losses = list(reversed(range(len(calls)))), [0] * len(calls)
         running: dict[ray.ObjectRef[Any], tuple[Any, int]] = {}
-        while missing or running:
-            self._ask_for_workers(len(running))
+        while missing or running:  # every turn takes one result, or counts one loss, which is capped
+            self._ask_for_more(len(running))
             while missing and self._idle:
                 actor, index = self._idle.pop(), missing.pop()
                 running[getattr(actor, method).remote(*calls[index])] = actor, index
@@ -129,18 +116,14 @@ class RayExecutor:
             self._num_lost = 0
             yield index, result
 
-    def _ask_for_workers(self, num_busy: int) -> None:
-        """Ask Ray for as many actors as there should be; those without room wait until there is some."""
-        for _ in range(self.num_workers - len(self._starting) - len(self._idle) - num_busy):
+    def _ask_for_more(self, num_busy: int) -> None:
+        """Ask Ray for as many as there should be; those without room wait until there is some."""
+        for _ in range(self.count - len(self._starting) - len(self._idle) - num_busy):
             actor = self._actor.remote()
-            self._starting[actor.build.remote(self._blueprint)] = actor
+            self._starting[actor.build.remote(self._built_from)] = actor
 
     def _next(self, waiting: list[ray.ObjectRef[Any]], *, is_working: bool) -> ray.ObjectRef[Any]:
-        """The first of these that is done.
-
-        Raises:
-            UserError: If no worker is there, and none could be started in time.
-        """
+        """The first of these that is done."""
         seconds = None if is_working else self._settings.start_timeout_seconds
         done, _ = ray.wait(waiting, timeout=seconds)
         if not done:
@@ -151,7 +134,7 @@ class RayExecutor:
         return done[0]
 
     def _take(self, built: ray.ObjectRef[None]) -> None:
-        """A worker that is ready, or was lost before it was."""
+        """One that is ready, or was lost before it was."""
         actor = self._starting.pop(built)
         try:
             _result(built)
@@ -177,6 +160,50 @@ def _result(done: ray.ObjectRef[Any]) -> Any:
         if is_bad_input(cause):
             raise UserError(f"a worker: {cause}") from error
         raise RuntimeError(f"a worker: {type(cause).__name__}: {cause}") from error
+
+
+class RayExecutor:
+    """Measures candidates on the workers that a Ray cluster has at the moment.
+
+    Args:
+        experiment: The run.
+        config: Its resolved configuration.
+    """
+
+    is_local = False
+
+    def __init__(self, experiment: Experiment, config: dict[str, Any]) -> None:
+        blueprint = Blueprint.here(config)
+        resource, each = ("GPU", 1) if experiment.device.type == "cuda" else ("CPU", blueprint.num_threads)
+        taken = {"num_cpus": 1, "num_gpus": 1} if resource == "GPU" else {"num_cpus": each}
+        actor = ray.remote(RayWorker).options(**taken)
+        self._actors = Actors(actor, blueprint, experiment.config.executor, resource, each)
+        self._beside: dict[tuple[str, str], ray.ObjectRef[Beside]] = {}
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that there are or should be."""
+        return self._actors.count
+
+    def measure(self, objective: Objective, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Measured]]:
+        """See ``Executor``."""
+        order = Order.of(objective)
+        if order.key not in self._beside:
+            self._beside[order.key] = ray.put(objective.beside())
+        beside = [self._beside[order.key]]  # in a list: fetched by those that have not seen it
+        for index, measured in self._actors.run("measure", [(order, beside, candidate) for candidate in candidates]):
+            yield candidates[index], measured
+
+    def images(self, candidate: Candidate, protocol: Protocol) -> Iterator[Tensor]:
+        """See ``Executor``; micro-batches are shared out."""
+        calls = [(candidate, indices, protocol.seed) for indices in protocol.micro_batches()]
+        made: dict[int, Tensor] = {}
+        wanted = 0
+        for index, images in self._actors.run("images", calls):
+            made[index] = images
+            while wanted in made:
+                yield made.pop(wanted)
+                wanted += 1
 
 
 @contextmanager
