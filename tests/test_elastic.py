@@ -20,6 +20,7 @@ ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 from tests.running import TINY, run_here, sorted_trials  # noqa: E402
 from tmpq_exp.config import ExecutorConfig, UserError  # noqa: E402
 from tmpq_exp.elastic import Actors  # noqa: E402
+from tmpq_exp.elastic import cluster as connected  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +99,7 @@ def test_calls_are_done_once_while_actors_are_killed() -> None:
 
 
 def test_workers_without_room_are_waited_for_by_nobody() -> None:
-    actors = toys(num_workers=5)
+    actors = toys(num_workers=3)
     assert sorted(actors.run("add", [(number,) for number in range(20)])) == [(n, 1000 + n) for n in range(20)]
 
 
@@ -125,6 +126,15 @@ def test_a_cluster_without_room_is_said() -> None:
     settings = ExecutorConfig(name="ray", num_workers=1, start_timeout_seconds=0.2)
     with pytest.raises(UserError, match=r"no worker could be started in 0\.2 s .* takes 1 TPU, the cluster has 0"):
         list(Actors(actor, None, settings, "TPU", 1).run("build", [()]))
+
+
+def test_no_cluster_at_an_address_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with (
+        pytest.raises(UserError, match=r"^executor\.address: no Ray cluster at 127\.0\.0\.1:1 \(.*refused\)$"),
+        connected(ExecutorConfig(name="ray", address="127.0.0.1:1")),
+    ):
+        pass
 
 
 @pytest.mark.slow

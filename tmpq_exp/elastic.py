@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,9 @@ from tmpq_exp.worker import Blueprint, Order, Worker
 
 MAX_LOSSES = 10
 """Workers that one candidate may lose before the run stops: it may be what ends them."""
+
+ANSWER_SECONDS = 10
+"""How long a cluster's address may take to answer."""
 
 MAX_STARTS = 100
 """Workers in a row that may be lost before they measured anything."""
@@ -222,8 +226,11 @@ def cluster(settings: ExecutorConfig) -> Iterator[None]:
         ray.init(address="local", include_dashboard=False, **quiet)
     else:
         try:
+            host, _, port = settings.address.rpartition(":")
+            if host:  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
             ray.init(address=settings.address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             first_line = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"executor.address: no Ray cluster at {settings.address} ({first_line})") from error
     try:

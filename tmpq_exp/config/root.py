@@ -71,6 +71,9 @@ class ExecutorConfig:
                 "executor.address and executor.num_workers are of executor=ray, found them with executor=local; more "
                 "processes on this host come by trainer=ddp or trainer.devices"
             )
+        host, _, port = (self.address or "auto").rpartition(":")
+        if self.address not in (None, "auto") and not (host and port.isdecimal()):
+            raise UserError(f"executor.address must be auto, host:port or null, found {self.address!r}")
         if self.num_workers is not None:
             check_at_least("executor.num_workers", self.num_workers, 1)
         if not self.start_timeout_seconds > 0:
