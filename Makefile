@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all bench lint docs clean
 
 help:
 	@echo "make demo      install, then search the embedded digits model (about 4 minutes on two cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  everything that make test leaves out as well: slow and, where there is one, GPU tests"
 	@echo "make bench     ratios of the supernet and of Winograd convolutions to float, in one process"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      the pages of docs/ and the public API as docs/_build/index.html; a warning is an error"
 	@echo "make clean     remove .venv"
 
 $(BIN)/python:
@@ -24,6 +25,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --editable ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --editable ".[docs]"
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed
@@ -43,5 +48,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build
+	@echo docs/_build/index.html
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build
