@@ -144,6 +144,7 @@ ORDER = (
     # (5) the line, and its parts
     "measuring",
     "trainers",
+    "choices",
     "experiment",
     "worker",
     "ranks",

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
+from tmpq_exp.choices import spec_of
 from tmpq_exp.config import Config, Granularity, UserError, VariantConfig, WinogradConfig
 from tmpq_exp.cost import ConvShape, CostModel, is_eligible
 from tmpq_exp.data import ImageFolderData
-from tmpq_exp.experiment import spec_of
 from tmpq_exp.metrics.accuracy import count_correct
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation

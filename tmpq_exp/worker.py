@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmpq_exp.choices import used_tiles, winograd_spec
 from tmpq_exp.config import UserError, from_plain
-from tmpq_exp.experiment import Experiment, make_ready, prepare, used_tiles, winograd_spec
+from tmpq_exp.experiment import Experiment, make_ready, prepare
 from tmpq_exp.metrics.control import ControlledFrechet
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
