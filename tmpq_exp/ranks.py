@@ -107,8 +107,9 @@ class Ranks:
             result, raised = None, error
         answers: list[Any] = [None] * self.count
         with _talking():
-            dist.gather_object(result, answers, dst=0, group=self._group)
+            dist.gather_object(None, answers, dst=0, group=self._group)
         self._waiting = True
+        answers[0] = result
         if raised is not None:
             raise raised
         for answer in answers:

@@ -210,15 +210,15 @@ class Objective:
             take(images)
 
     def beside(self) -> Beside:
-        """What candidates are compared with, made at first use."""
-        reference = self._reference_made()
+        """What candidates are compared with, made at first use; on the CPU."""
+        reference = self._reference_made().to(torch.device("cpu"))
         if not isinstance(self.score, ControlledFrechet):
             return Beside(reference)
         return Beside(reference, self.score.statistics(), self.score.features())
 
     def adopt(self, beside: Beside) -> None:
         """Take over what another process made of the same objective."""
-        self._reference = beside.reference
+        self._reference = beside.reference.to(self.module.device)
         statistics, features = beside.control_statistics, beside.control_features
         if isinstance(self.score, ControlledFrechet) and statistics is not None and features is not None:
             self.score.statistics, self.score.features = lambda: statistics, lambda: features
