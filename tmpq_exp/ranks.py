@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -261,7 +262,7 @@ class RankExecutor:
             found = self._ranks.call(
                 "measure",
                 [(order, candidate) for candidate in others],
-                lambda own=own: objective.measure(own, objective.feed_here),  # type: ignore[misc]
+                partial(objective.measure_here, own),
             )
             yield from zip([own, *others], found, strict=False)  # ranks without a candidate answer None
 
@@ -274,7 +275,7 @@ class RankExecutor:
             found = self._ranks.call(
                 "images",
                 [(candidate, indices, protocol.seed) for indices in others],
-                lambda own=own: module.images(candidate, own, protocol.seed),  # type: ignore[misc]
+                partial(module.images, candidate, own, protocol.seed),
             )
             yield from found[: 1 + len(others)]
 

@@ -31,7 +31,7 @@ class Backwards:
     def measure(self, objective: Objective, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Measured]]:
         for one in reversed(candidates):
             self.measured.append(one)
-            yield one, objective.measure(one, objective.feed_here)
+            yield one, objective.measure_here(one)
 
     def images(self, candidate: Candidate, protocol: Protocol) -> Iterator[Tensor]:
         self.made.append(candidate)

@@ -194,24 +194,29 @@ class Objective:
         self._on_trial(trial)
         return trial
 
-    def measure(self, candidate: Candidate, feed: Feed | None = None) -> Measured:
-        """Figures of a candidate; nothing is looked up or recorded."""
+    def measure(self, candidate: Candidate, feed: Feed | None = None, images: Images | None = None) -> Measured:
+        """Figures of a candidate; nothing is looked up or recorded.
+
+        Args:
+            candidate: What to measure.
+            feed: Makes the candidate's images, see ``evaluate``.
+            images: Makes them, and what stands beside them, where there is no feed; None: as the objective was told.
+        """
         started = self._started()
-        metrics, problems = self._evaluated(candidate, started, feed).values()
+        metrics, problems = self._evaluated(candidate, started, feed, images or self._images).values()
         main = self.metric.name
         if not self.bootstrap or not self.measures_quality or main in problems:
             return Measured(metrics, None, problems)
         interval = started[main].interval(self.bootstrap, self.protocol.seed)
         return Measured(metrics, None if interval is None else {main: list(interval)}, problems)
 
-    def feed_here(self, candidate: Candidate, take: Callable[[Tensor], None]) -> None:
-        """The feed of the module itself, in this process."""
-        for images in images_by(self.module)(candidate, self.protocol):
-            take(images)
+    def measure_here(self, candidate: Candidate) -> Measured:
+        """The same with images that the module makes in this process."""
+        return self.measure(candidate, images=images_by(self.module))
 
     def beside(self) -> Beside:
         """What candidates are compared with, made at first use; on the CPU."""
-        reference = self._reference_made().to(torch.device("cpu"))
+        reference = self._reference_made(self._images).to(torch.device("cpu"))
         if not isinstance(self.score, ControlledFrechet):
             return Beside(reference)
         return Beside(reference, self.score.statistics(), self.score.features())
@@ -241,12 +246,12 @@ class Objective:
     def interval(self, candidate: Candidate, num_resamples: int) -> list[float] | None:
         """Bootstrap interval of a candidate's score over images, 95 %; None where there is none."""
         measurement = self.score.start(resampled=True)
-        _, problems = self._evaluated(candidate, {self.score.name: measurement}).values()
+        _, problems = self._evaluated(candidate, {self.score.name: measurement}, None, self._images).values()
         interval = None if problems else measurement.interval(num_resamples, self.protocol.seed)
         return None if interval is None else list(interval)
 
     def _evaluated(
-        self, candidate: Candidate, started: Mapping[str, Measurement], feed: Feed | None = None
+        self, candidate: Candidate, started: Mapping[str, Measurement], feed: Feed | None, images: Images
     ) -> Evaluation:
         """Measurements that have taken all images of a candidate."""
         is_reference = candidate == self.reference_candidate
@@ -255,36 +260,41 @@ class Objective:
             started,
             self.protocol.num_images,
             self.protocol.paired().num_images,
-            None if is_reference else self._reference_made(),
+            None if is_reference else self._reference_made(images),
             conditions.of_images if isinstance(conditions, Prompts) else None,
             self._reference_memos,
         )
-        self._make(candidate, self.protocol, evaluation.take, feed)
+        self._make(candidate, self.protocol, evaluation.take, feed, images)
         if len(evaluation.own.images) == self.protocol.paired().num_images:
             self._reference = evaluation.own
         return evaluation
 
     def _make(
-        self, candidate: Candidate, protocol: Protocol, take: Callable[[Made], None], feed: Feed | None = None
+        self,
+        candidate: Candidate,
+        protocol: Protocol,
+        take: Callable[[Made], None],
+        feed: Feed | None,
+        images: Images,
     ) -> None:
         """Make the images of a candidate; with latents where a metric reads them, and then here in any case."""
         if feed is not None and not self._needs_latents:
-            feed(candidate, lambda images: take(Made(images)))
+            feed(candidate, lambda batch: take(Made(batch)))
             return
         if not self._needs_latents:
-            for images in self._images(candidate, protocol):
-                take(Made(images))
+            for batch in images(candidate, protocol):
+                take(Made(batch))
             return
         for indices in protocol.micro_batches():
             latents = self.module.latents(candidate, indices, protocol.seed)
             with torch.inference_mode():
                 take(Made(self.module.task.decode(latents), latents))
 
-    def _reference_made(self) -> Made:
+    def _reference_made(self, images: Images) -> Made:
         """The float reference's images of the first of these seeds."""
         if self._reference is None:
             parts, protocol = list[Made](), self.protocol.paired()
-            self._make(self.reference_candidate, protocol, parts.append)
+            self._make(self.reference_candidate, protocol, parts.append, None, images)
             self._reference = reduce(Made.joined, parts)[: protocol.num_images]
         return self._reference
 
