@@ -351,9 +351,3 @@ def test_options_of_the_users_own_folder_count(tmp_path: Path) -> None:
     done = tmpq(tmp_path, "--config-dir", str(tmp_path / "own"), "model=mime")
     assert done.returncode == 2
     assert "nearest: mine" in only_line(done.stderr)
-
-
-def test_several_devices_are_refused(tmp_path: Path) -> None:
-    done = tmpq(tmp_path, *SMOKE, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'run'}")
-    assert done.returncode == 2
-    assert "found 2 devices; set trainer.devices=1" in done.stderr

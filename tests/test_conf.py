@@ -184,6 +184,8 @@ BAD_VALUES = [
     ("evaluation.num_finalists", "0", "at least 1"),
     ("evaluation.reference_steps", "0", "at least 1"),
     ("evaluation.micro_batch", "0", "at least 1"),
+    ("executor.name", "dask", "local or ray"),
+    ("executor.start_timeout_seconds", "0", "above 0"),
     ("logger.name", "mlflow", "wandb, csv, tensorboard or none"),
     ("logger.mode", "on", "offline, online or disabled"),
 ]
@@ -270,3 +272,25 @@ def test_a_budget_of_its_own_needs_its_number() -> None:
 def test_conf_lies_beside_the_package_in_a_checkout() -> None:
     assert (CONF / "config.yaml").is_file()
     assert Path(CONF).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [("num_workers", "0", "at least 1"), ("address", "head", "auto, host:port or null"), ("address", "head:x", "auto")],
+)
+def test_settings_of_a_cluster_are_checked(key: str, value: str, accepted: str) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    with pytest.raises(UserError, match=rf"^executor\.{key} must be .*{accepted}.*, found .*{value}"):
+        checked("executor=ray", f"executor.{key}={value}")
+
+
+def test_workers_without_a_cluster_are_refused() -> None:
+    with pytest.raises(UserError, match=r"executor\.num_workers are of executor=ray, .* trainer\.devices$"):
+        checked("executor.num_workers=2")
+
+
+def test_a_cluster_without_ray_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tmpq_exp.config.root.find_spec", lambda name: None)
+    checked()
+    with pytest.raises(UserError, match=r"executor=ray needs the package ray, .* pip install 'tmpq-exp\[ray\]'"):
+        checked("executor=ray")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.running import sorted_trials
 from tmpq_exp.config import CalibrationConfig, QuantConfig
 from tmpq_exp.cost import AttentionShape
 from tmpq_exp.quant.activations import ActivationStore
@@ -124,3 +125,14 @@ def test_a_whole_run(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["fingerprint_parts"]["search"]["device"] == "cuda"
     assert report["best"]["bitops"] <= report["budget"]["bitops"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("several", [("trainer=ddp",), ("trainer=gpu", "executor=ray")])
+def test_two_gpus_write_what_one_writes(several: tuple[str, ...], tmp_path: Path) -> None:
+    if "executor=ray" in several:
+        pytest.importorskip("ray", reason="the extra ray is not installed")
+    for name, overrides in {"one": ("trainer=gpu",), "two": several}.items():
+        command = [sys.executable, "-m", "tmpq_exp", "tier=smoke", "logger=none", *overrides]
+        subprocess.run([*command, f"hydra.run.dir={tmp_path / name}"], check=True, timeout=300)
+    assert sorted_trials(tmp_path / "two") == sorted_trials(tmp_path / "one")

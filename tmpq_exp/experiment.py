@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from torch import Tensor
 
-from tmpq_exp.config import Config, UserError, WinogradConfig
-from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, is_eligible, saving_tiles
+from tmpq_exp.choices import examined_tiles, held_bits, search_space, used_tiles, winograd_spec, with_tile
+from tmpq_exp.config import Config, UserError
+from tmpq_exp.cost import CostModel, LayerShape
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
     TimestepSpacing,
@@ -26,17 +28,18 @@ from tmpq_exp.diffusion.schedule import (
 from tmpq_exp.measuring import chosen_metrics
 from tmpq_exp.metrics.frechet import FrechetMetric
 from tmpq_exp.metrics.metric import Metric, Place
-from tmpq_exp.progress import StageProgress
-from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
+from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.quant.supernet import SupernetModule
-from tmpq_exp.recipe import read_candidate
 from tmpq_exp.rundir import RunDirectory, bad_input, digest
 from tmpq_exp.search.algorithm import Search
-from tmpq_exp.search.objective import Control, Objective, Protocol
+from tmpq_exp.search.executor import Executor, LocalExecutor
+from tmpq_exp.search.objective import Objective
+from tmpq_exp.search.protocol import Control, Protocol
 from tmpq_exp.search.random import RandomSearch
-from tmpq_exp.search.space import BitsPerStep, SearchSpace
+from tmpq_exp.search.space import SearchSpace
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.seeding import stream_seed
+from tmpq_exp.trainers import own_device, stage_trainer
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.scales import ScaleSet, read_scales
 from tmpq_exp.zoo.task import (
@@ -71,6 +74,7 @@ class Experiment:
         winograd: Specification and scales of the tiles in use.
         tile_rule: Where tiles are searched, the candidate of the data-free rule for them; None if none fits.
         calibration: Losses of block-wise calibration.
+        executor: Who measures the supernet's candidates; this process unless another is set.
     """
 
     config: Config
@@ -89,7 +93,11 @@ class Experiment:
     further: tuple[Metric, ...] = ()
     warnings: tuple[str, ...] = ()
     calibration: list[dict[str, Any]] = field(default_factory=list)
+    executor: Executor = field(init=False)
     _objectives: dict[tuple[Any, ...], Objective] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.executor = LocalExecutor(self.module)
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
@@ -134,12 +142,9 @@ class Experiment:
             UserError: If a reference image cannot be read, or has another size than the others.
         """
         waiting = [metric for metric in (self.metric, *self.further) if not metric.is_ready]
-        if not waiting:
-            return
-        place = Place(self.device, Path(self.config.paths.cache_dir))
-        with self.timed("references"), bad_input():
-            for metric in waiting:
-                metric.make_ready(place)
+        if waiting:
+            with self.timed("references"):
+                make_ready(self.config, self.device, waiting)
 
     @property
     def search_seed(self) -> int:
@@ -183,9 +188,7 @@ class Experiment:
     def objective(
         self, stream: str, num_images: int, module: SupernetModule | None = None, **arguments: Any
     ) -> Objective:
-        """Objective on the image stream of this name; a Trainer's stage may have left the network on the CPU.
-
-        Those of the supernet are made once: stages that look at the same images share what stands beside them.
+        """Objective on the image stream of this name.
 
         Args:
             stream: Name of the image stream; that of ``search`` follows the search's seed.
@@ -193,13 +196,28 @@ class Experiment:
             module: Network that makes them; None takes the supernet.
             arguments: Further ones of ``Objective``.
         """
-        module = (module or self.module).to(self.device)
-        key = (stream, num_images, *sorted(arguments.items()))
-        if module is self.module and key in self._objectives:
-            return self._objectives[key]
         seed = self.search_seed if stream == "search" else self.config.seed
         config = self.config.evaluation
         protocol = Protocol(num_images, stream_seed(seed, stream), config.micro_batch, config.paired_images)
+        return self.objective_under(protocol, module, controlled=stream != "final", **arguments)
+
+    def objective_under(
+        self, protocol: Protocol, module: SupernetModule | None = None, *, controlled: bool, **arguments: Any
+    ) -> Objective:
+        """Objective under a protocol; a Trainer's stage may have left the network on the CPU.
+
+        Those of the supernet are made once: stages that look at the same images share what stands beside them.
+
+        Args:
+            protocol: Which images.
+            module: Network that makes them; None takes the supernet.
+            controlled: Whether the control stands beside them, where there is one.
+            arguments: Further ones of ``Objective``.
+        """
+        module = (module or self.module).to(self.device)
+        key = (protocol, controlled, *sorted(arguments.items()))
+        if module is self.module and key in self._objectives:
+            return self._objectives[key]
         state = content_hash(module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
         objective = Objective(
@@ -211,12 +229,19 @@ class Experiment:
             reference_candidate=self.baselines()["float_reference"],
             state=digest([asdict(self.config.quant), state, scales]),
             on_trial=self.on_trial,
-            control=self.control if stream != "final" else None,
+            control=self.control if controlled else None,
+            images=self._images if module is self.module else None,
             **arguments,
         )
         if module is self.module:
             self._objectives[key] = objective
         return objective
+
+    def _images(self, candidate: Candidate, protocol: Protocol) -> Iterator[Tensor]:
+        """Images of the supernet, by whoever makes them."""
+        self.module.to(self.device)
+        for images in self.executor.images(candidate, protocol):
+            yield images.to(self.device)
 
     @cached_property
     def control(self) -> Control | None:
@@ -225,33 +250,15 @@ class Experiment:
         if num_images == 0 or not isinstance(self.metric, FrechetMetric):
             return None
         protocol = Protocol(num_images, stream_seed(self.config.seed, "control"), self.config.evaluation.micro_batch)
-        return Control(self.module, self.metric, self.uniform(self.seed_timesteps(), FLOAT_BITS, FLOAT_BITS), protocol)
+        return Control(self._images, self.metric, self.uniform(self.seed_timesteps(), FLOAT_BITS, FLOAT_BITS), protocol)
 
 
-def stage_trainer(
-    config: Config, run: RunDirectory, name: str, total: int, *, count_epochs: bool = False, **arguments: Any
-) -> L.Trainer:
-    """A Trainer from the trainer group, with a progress bar of ``total`` batches or epochs."""
-    trainer: L.Trainer = instantiate(config.trainer)(
-        callbacks=[StageProgress(name, total, count_epochs=count_epochs)], default_root_dir=run.path, **arguments
-    )
-    return trainer
-
-
-def single_device(config: Config) -> torch.device:
-    """The device of the trainer group.
-
-    Raises:
-        UserError: If the group has several devices.
-    """
-    trainer: L.Trainer = instantiate(config.trainer)()
-    if trainer.world_size != 1:
-        raise UserError(
-            f"trainer: candidates are scored by one process on one device, found {trainer.world_size} devices; "
-            "set trainer.devices=1"
-        )
-    device: torch.device = trainer.strategy.root_device
-    return device
+@bad_input()
+def make_ready(config: Config, device: torch.device, metrics: Iterable[Metric]) -> None:
+    """Make metrics ready on a device; see ``Experiment.ready_metrics``."""
+    place = Place(device, Path(config.paths.cache_dir))
+    for metric in metrics:
+        metric.make_ready(place)
 
 
 @bad_input()
@@ -267,10 +274,10 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     task = model.task()
     metrics = chosen_metrics(config, task)
     cost = CostModel(task_layers(task), task.calls_per_step)
-    space = _search_space(config, task, cost.layers)
-    weight_choices, act_choices = _held_bits(config, space, cost.layers)
+    space = search_space(config, task, cost.layers)
+    weight_choices, act_choices = held_bits(config, space, cost.layers)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
-    device = single_device(config)
+    device = own_device(config)
     experiment = Experiment(config, run, task, metrics.quality, cost, space, 0, module, trials, on_trial, device)
     experiment.further, experiment.warnings = metrics.further, metrics.warnings
     experiment.budget_bitops = _budget_bitops(experiment)
@@ -292,78 +299,6 @@ def _what_it_is_for(model: Any) -> str:
     if isinstance(model, ClassificationModel):
         return f"{model.name} is a classifier; it is there for task=classify only"
     return f"{type(model).__name__} makes no images; task=run needs a DiffusionModel"
-
-
-def _held_bits(
-    config: Config, space: SearchSpace, layers: Sequence[LayerShape]
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Bits of weights and activations that the supernet holds for each layer: the space's and the baselines'."""
-    baselines = config.evaluation.baseline_bits
-
-    def held(choices: tuple[int, ...], others: Iterable[int]) -> tuple[int, ...]:
-        return tuple(sorted({*choices, *others}, reverse=True))
-
-    weights = [
-        held(choices, [config.quant.softmax_bits] if isinstance(shape, AttentionShape) else baselines)
-        for choices, shape in zip(space.weight_choices, layers, strict=True)
-    ]
-    return weights, [held(choices, baselines) for choices in space.act_choices]
-
-
-def with_tile(allocation: Allocation, layers: Sequence[LayerShape], tile: int) -> Allocation:
-    """The allocation with this tile at every eligible convolution."""
-    tiles = (tile if isinstance(shape, ConvShape) and is_eligible(shape) else DIRECT_TILE for shape in layers)
-    return replace(allocation, tiles=tuple(tiles))
-
-
-def _search_space(config: Config, task: DiffusionTask, layers: tuple[LayerShape, ...]) -> SearchSpace:
-    space, num_train_timesteps = config.space, task.num_train_timesteps
-    tiles = tuple(_tile_choices(config, shape) for shape in layers)
-    if space.recipe is not None:
-        return _space_of_recipe(Path(space.recipe), layers, tiles)
-    rule = TimestepRule.QUADRATIC if space.groups == "free" else TimestepRule(space.groups)
-    groups = timestep_groups(num_train_timesteps, space.num_inference_steps, rule)
-    num_steps = range(space.min_steps or len(groups), (space.max_steps or len(groups)) + 1)
-    steps_per_group = (space.min_steps_per_group, space.max_steps_per_group)
-    if not space.search_timesteps:
-        groups = tuple(range(t, t + 1) for t in (standing_timestep(group, task.spacing) for group in groups))
-    elif space.groups == "free":
-        groups, steps_per_group = (range(num_train_timesteps),), (0, num_train_timesteps)
-    softmax = (config.quant.softmax_bits,)
-    return SearchSpace(
-        groups,
-        tuple(softmax if isinstance(shape, AttentionShape) else tuple(space.weight_bits) for shape in layers),
-        (tuple(space.act_bits),) * len(layers),
-        tiles,
-        num_steps[0],
-        num_steps[-1],
-        *steps_per_group,
-        BitsPerStep(space.bits_per_step),
-    )
-
-
-def _tile_choices(config: Config, shape: LayerShape) -> tuple[int, ...]:
-    """Tiles that a layer may take."""
-    if not isinstance(shape, ConvShape) or not is_eligible(shape):
-        return (DIRECT_TILE,)
-    space = config.space
-    if not space.tiles:
-        return (config.winograd.tile,)
-    return saving_tiles(shape, space.tiles, max(space.weight_bits), max(space.act_bits))
-
-
-def _space_of_recipe(path: Path, layers: Sequence[LayerShape], tiles: tuple[tuple[int, ...], ...]) -> SearchSpace:
-    """Tiles alone, at the timesteps and bits of another run's recipe."""
-    candidate = read_candidate(path, [shape.name for shape in layers])
-    if len(candidate.allocations) > 1:
-        raise UserError(f"space.recipe must be of a run with space.bits_per_step=shared, found {path}")
-    (allocation,) = candidate.allocations
-    return SearchSpace(
-        tuple((timestep,) for timestep in reversed(candidate.timesteps)),
-        tuple((bits,) for bits in allocation.weight_bits),
-        tuple((bits,) for bits in allocation.act_bits),
-        tiles,
-    )
 
 
 def _budget_bitops(experiment: Experiment) -> int:
@@ -412,32 +347,3 @@ def random_candidates(experiment: Experiment, count: int) -> tuple[Candidate, ..
         seed=stream_seed(experiment.search_seed, "random search"),
     )
     return search.ask()
-
-
-WINOGRAD_KERNEL = 3
-"""Kernel size of the convolutions that may run as Winograd."""
-
-
-def examined_tiles(config: Config) -> list[int]:
-    """Tiles that are examined: the reported ones, of those that listed points fit, and those in use."""
-    winograd = config.winograd
-    named = isinstance(winograd.points, str)
-    reported = [m for m in winograd.report_tiles if named or len(winograd.points) == m + WINOGRAD_KERNEL - 1]
-    return sorted({*reported, *used_tiles(config)})
-
-
-def used_tiles(config: Config) -> list[int]:
-    """Tiles that candidates may take, besides direct."""
-    return sorted(set(config.space.tiles or [config.winograd.tile]) - {DIRECT_TILE})
-
-
-def winograd_spec(config: Config, m: int) -> WinogradSpec:
-    """The specification that the configuration asks for, at a tile."""
-    return spec_of(config.winograd, m)
-
-
-def spec_of(winograd: WinogradConfig, m: int) -> WinogradSpec:
-    """The specification that these settings ask for, at a tile."""
-    of_config = {field.name for field in fields(winograd)}
-    shared = [field.name for field in fields(WinogradSpec) if field.name in of_config]
-    return WinogradSpec(m, **{name: getattr(winograd, name) for name in shared})

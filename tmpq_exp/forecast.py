@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from tmpq_exp.choices import used_tiles, winograd_spec, with_tile
 from tmpq_exp.config import Config
 from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
-from tmpq_exp.experiment import Experiment, prepare, used_tiles, winograd_spec, with_tile
+from tmpq_exp.experiment import Experiment, prepare
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.quant.calibration import estimate_ranges

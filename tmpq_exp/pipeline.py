@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tmpq_exp.experiment import Experiment, prepare
 from tmpq_exp.forecast import say_forecast
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.ranks import RankExecutor, Ranks, started
 from tmpq_exp.recipe import apply_recipe, write_recipe
 from tmpq_exp.report import further_table, pareto_png, report_html, samples_png, summary_table, write_report_json
 from tmpq_exp.results import assemble_report, picture_records, sample_rows
@@ -29,14 +32,26 @@ from tmpq_exp.weighing import weigh
 def run(config: Config, resolved: dict[str, Any]) -> None:
     """Search a model and write recipe and report into the run directory; resumes a run that was killed there.
 
+    Of several processes under the Trainer's strategy the first does all that; the others measure candidates for it.
+
     Args:
         config: Checked configuration.
         resolved: The same as plain data; kept as ``config.yaml``.
 
     Raises:
         ValueError: If the input is bad; nothing that was recorded before is lost.
+        ConnectionError: If another of the processes has stopped; likewise.
     """
     quiet_lightning()
+    with started(config) as ranks:
+        if ranks is not None and ranks.rank > 0:
+            ranks.serve()
+        else:
+            _drive(config, resolved, ranks)
+
+
+def _drive(config: Config, resolved: dict[str, Any], ranks: Ranks | None) -> None:
+    """``run`` in the process that decides and records."""
     with writing(Path(config.paths.run_dir)):
         directory = RunDirectory.claim(Path(config.paths.run_dir), resolved)
         trials = TrialLog(directory.trials, [Path(path) for path in config.reuse])
@@ -50,7 +65,7 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
         say_forecast(experiment)
         job = Job.of_directory(directory.path, "run", resolved)
         tracker = open_tracker(config.logger, job, map(asdict, trials.trials))
-        with finishing(tracker):
+        with finishing(tracker), _executing(experiment, resolved, ranks):
             experiment.ready_metrics()
             calibrate(experiment)
             winograd = winograd_scales(experiment)
@@ -82,6 +97,22 @@ def run(config: Config, resolved: dict[str, Any]) -> None:
         console.print(further)
     print(f"report  {directory.report_html}\nrecipe  {directory.recipe}")
     say_notice(tracker)
+
+
+@contextmanager
+def _executing(experiment: Experiment, resolved: dict[str, Any], ranks: Ranks | None) -> Iterator[None]:
+    """Have candidates measured by whom the configuration names, while inside."""
+    if ranks is not None:
+        experiment.executor = RankExecutor(ranks, experiment, resolved)
+        yield
+    elif experiment.config.executor.name == "ray":
+        from tmpq_exp.elastic import RayExecutor, cluster  # an extra
+
+        with cluster(experiment.config.executor):
+            experiment.executor = RayExecutor(experiment, resolved)
+            yield
+    else:
+        yield
 
 
 def _ship(experiment: Experiment, shipped: Shipped, trial: Trial) -> None:

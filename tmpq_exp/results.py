@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tmpq_exp.choices import used_tiles, winograd_spec
 from tmpq_exp.config import Granularity
 from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, CostModel, LayerShape, is_eligible
-from tmpq_exp.experiment import Experiment, used_tiles, winograd_spec
+from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.report import SCHEMA
 from tmpq_exp.search.algorithm import Search

@@ -32,8 +32,11 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
-VOLATILE_KEYS = ("logger", "paths", "runs")
+VOLATILE_KEYS = ("logger", "paths", "runs", "executor")
 """Parts of the configuration that do not change results; a run may be resumed with others."""
+
+VOLATILE_TRAINER_KEYS = ("devices", "num_nodes", "strategy")
+"""Settings of the Trainer that only say how many processes share the work."""
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -241,7 +244,7 @@ def _refuse_other_config(path: Path, config: Mapping[str, Any]) -> None:
         raise UserError(f"hydra.run.dir: {path} is no YAML ({error})") from error
     if not isinstance(before, dict):
         raise UserError(f"hydra.run.dir: {path} holds no configuration of this program")
-    old, new = (flatten({k: v for k, v in c.items() if k not in VOLATILE_KEYS}) for c in (before, config))
+    old, new = flatten(lasting({str(key): value for key, value in before.items()})), flatten(lasting(config))
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if differing:
         shown = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing[:5])
@@ -250,6 +253,15 @@ def _refuse_other_config(path: Path, config: Mapping[str, Any]) -> None:
             f"hydra.run.dir: {path.parent} was made by another configuration ({shown}{more}); "
             "use the same configuration to resume it, or another directory"
         )
+
+
+def lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that results depend on."""
+    kept = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
+    trainer = kept.get("trainer")
+    if isinstance(trainer, dict):
+        kept["trainer"] = {key: value for key, value in trainer.items() if key not in VOLATILE_TRAINER_KEYS}
+    return kept
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

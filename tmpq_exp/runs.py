@@ -14,7 +14,7 @@ from yaml import YAMLError
 from tmpq_exp.config import UserError
 from tmpq_exp.report.classification import validate_classification
 from tmpq_exp.report.content import validate_report
-from tmpq_exp.rundir import RunDirectory, flatten
+from tmpq_exp.rundir import RunDirectory, flatten, lasting
 from tmpq_exp.search.trials import read_trials
 
 
@@ -86,8 +86,8 @@ def read_run(path: Path) -> PastRun:
 
 
 def differing_settings(runs: Sequence[PastRun]) -> list[dict[str, Any]]:
-    """For every run its settings that are not the same in all, under dotted names; logger and paths left out."""
-    flat = [flatten({k: v for k, v in run.config.items() if k not in ("logger", "paths", "runs")}) for run in runs]
+    """For every run its settings that are not the same in all, under dotted names, of those that results depend on."""
+    flat = [flatten(lasting(run.config)) for run in runs]
     keys = [
         key
         for key in dict.fromkeys(key for one in flat for key in one)

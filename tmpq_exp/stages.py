@@ -17,6 +17,7 @@ from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.search.algorithm import Search
+from tmpq_exp.search.executor import evaluate_all
 from tmpq_exp.search.module import Proxy, SearchModule
 from tmpq_exp.search.objective import Objective
 from tmpq_exp.search.trials import Trial
@@ -37,10 +38,11 @@ def search(experiment: Experiment) -> tuple[Search, Objective]:
         "search", total, max_epochs=algorithm.num_generations, reload_dataloaders_every_n_epochs=1
     )
     with experiment.timed("search"):
-        trainer.fit(SearchModule(algorithm, objective, proxy))
-        for name, candidate in experiment.baselines().items():
-            if name != "float_reference":
-                objective.evaluate(candidate, "baseline", name=name)
+        trainer.fit(SearchModule(algorithm, objective, experiment.executor, proxy))
+        named = {name: c for name, c in experiment.baselines().items() if name != "float_reference"}
+        with StageBar("baselines", len(named)) as bar:
+            for _ in evaluate_all(experiment.executor, objective, [*named.values()], "baseline", names=[*named]):
+                bar.advance()
     return algorithm, objective
 
 
@@ -60,12 +62,11 @@ def select(experiment: Experiment, algorithm: Search) -> Candidate:
         return finalists[0]
     objective = experiment.objective("selection", experiment.selection_images)
     with experiment.timed("select"), StageBar("select", len(finalists)) as bar:
-        trials = []
-        for candidate in finalists:
-            trials.append(objective.evaluate(candidate, "selection"))
+        scores = {}
+        for trial in evaluate_all(experiment.executor, objective, finalists, "selection"):
+            scores[trial.key] = trial.score(objective.score.name)
             bar.advance()
-    best = min(range(len(finalists)), key=lambda i: trials[i].score(objective.score.name))
-    return finalists[best]
+    return min(finalists, key=lambda candidate: scores[candidate.key()])
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ def evaluate(experiment: Experiment, shipped: Shipped) -> tuple[dict[str, Trial]
     with experiment.timed("evaluate"):
         for name, (candidate, module) in named.items():
             objective = final_objective(experiment, module)
-            predict = partial(_predict, experiment, module, objective, name)
-            trials[name] = objective.evaluate(candidate, "final", name=name, feed=predict)
+            shared = module is experiment.module and not experiment.executor.is_local
+            feed = partial(_share if shared else _predict, experiment, module, objective, name)
+            trials[name] = objective.evaluate(candidate, "final", name=name, feed=feed)
     return trials, final_objective(experiment, shipped.module)
 
 
@@ -141,6 +143,22 @@ def _predict(
     with module.requesting(candidate, batches, objective.protocol.seed):
         trainer.predict(module, range(len(batches)), return_predictions=False)
     module.to(experiment.device)
+
+
+def _share(
+    experiment: Experiment,
+    module: SupernetModule,
+    objective: Objective,
+    name: str,
+    candidate: Candidate,
+    take: Callable[[Tensor], None],
+) -> None:
+    """The same, with the micro-batches shared out over the workers."""
+    protocol = objective.protocol
+    with StageBar(f"evaluate {name}", len(protocol.micro_batches())) as bar:
+        for images in experiment.executor.images(candidate, protocol):
+            take(images.to(module.device))
+            bar.advance()
 
 
 class _HandingOn(L.Callback):

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tmpq_exp.choices import examined_tiles, used_tiles, winograd_spec
 from tmpq_exp.cost import ConvShape, is_eligible
-from tmpq_exp.experiment import Experiment, examined_tiles, used_tiles, winograd_spec
+from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.layers import LayerSetting, QuantConv2d, WeightedLayer, layers_at
 from tmpq_exp.quant.primitives import sqnr_db

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from tmpq_exp.experiment import Experiment, examined_tiles, make_search
+from tmpq_exp.choices import examined_tiles
+from tmpq_exp.experiment import Experiment, make_search
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.quant.reconstruction import bit_widths
 from tmpq_exp.quant.states import states_path

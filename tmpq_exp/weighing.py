@@ -12,6 +12,7 @@ from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.evidence import best_so_far, evenly_spread, mean_interval, rank_correlation
+from tmpq_exp.search.executor import evaluate_all
 from tmpq_exp.search.objective import PROXIES, Objective
 from tmpq_exp.search.trials import Trial
 
@@ -93,12 +94,12 @@ def _score_again(experiment: Experiment, algorithm: Search) -> dict[str, float]:
     ranked = {scored.candidate.key(): scored.candidate for scored in algorithm.top(10**9)}
     chosen = evenly_spread(list(ranked), config.ranked_candidates)
     objective = experiment.objective("selection", experiment.selection_images)
-    scores = {}
+    candidates, scores = [ranked[key] for key in chosen], {}
     with StageBar("check of the ranking", len(chosen)) as bar:
-        for key in chosen:
-            scores[key] = objective.evaluate(ranked[key], "selection").score(objective.score.name)
+        for trial in evaluate_all(experiment.executor, objective, candidates, "selection"):
+            scores[trial.key] = trial.score(objective.score.name)
             bar.advance()
-    return scores
+    return {key: scores[key] for key in chosen}
 
 
 def _recalibrated_scores(experiment: Experiment, algorithm: Search, objective: Objective) -> dict[str, float]:
@@ -117,9 +118,9 @@ def _random_control(experiment: Experiment, algorithm: Search, objective: Object
     """As many random candidates as the search scored, by the same protocol and under the same budget."""
     count = sum(1 for trial in experiment.trials.of_phase("search") if objective.covers(trial))
     candidates = random_candidates(experiment, count)
-    trials = []
+    found = {}
     with StageBar("random search", len(candidates)) as bar:
-        for candidate in candidates:
-            trials.append(objective.evaluate(candidate, "random"))
+        for trial in evaluate_all(experiment.executor, objective, candidates, "random"):
+            found[trial.key] = trial
             bar.advance()
-    return trials
+    return [found[candidate.key()] for candidate in candidates]

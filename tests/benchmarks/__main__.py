@@ -30,6 +30,7 @@ from tests.benchmarks.calibration import demo_config, demo_seconds, loss_ratio
 from tests.benchmarks.scoring import forward_share, frechet_seconds
 from tests.benchmarks.supernets import BITS, SOFTMAX_BITS, cifar_unet, supernet_benchmarks
 from tests.benchmarks.timing import Measurement, measurement, rate, seconds, time_ratios
+from tests.benchmarks.workers import two_workers
 from tmpq_exp.config import CalibrationConfig
 from tmpq_exp.cost import AttentionShape, CostModel
 from tmpq_exp.diffusion.schedule import TimestepRule, group_minima, timestep_groups
@@ -175,6 +176,7 @@ def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
         "candidates per_step": lambda: candidate_rate(200, rounds, None, bits_per_step="per_step"),
         "conv 64 shaped": lambda: winograd_ratio(64, 16, 32, rounds, shaped=True),
         "conv memory": lambda: winograd_memory(64, 16, 32),
+        "workers": lambda: two_workers(few),
         "scoring": lambda: scoring_share(few),
         "frechet": lambda: measurement(
             "Frechet distance, 2048 dimensions", [frechet_seconds(2048) for _ in range(3)], "s", FRECHET_GOAL_SECONDS

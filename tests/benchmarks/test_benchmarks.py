@@ -13,6 +13,7 @@ import torch
 
 from tests.benchmarks.scoring import forward_share, frechet_seconds
 from tests.benchmarks.supernets import Case, cifar_unet, digits_unet, plain_ratio, supernet_ratio, uniform_supernet
+from tests.benchmarks.workers import two_workers
 from tmpq_exp.config import CalibrationConfig
 
 
@@ -44,6 +45,13 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
     assert all(line["ratio"] > 0 for line in lines)
     assert [line["met"] is None for line in lines] == [False, True, False, True, False, False, False]
     assert bench.table(measurements).row_count == 7
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_workers_runs() -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    small = ("tier=smoke", "objective.num_images=8", "objective.control_images=8")
+    assert two_workers(1, 2, *small).ratio > 0
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from tmpq_exp.cost import CostModel, LinearShape
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.evolution import EvolutionSearch
+from tmpq_exp.search.executor import Executor, LocalExecutor
 from tmpq_exp.search.module import Proxy, SearchModule
 from tmpq_exp.search.space import SearchSpace
 
@@ -32,11 +34,16 @@ class ToyObjective:
     def __init__(self) -> None:
         self.asked: list[tuple[str, int | None, str]] = []
 
-    def evaluate(self, candidate: Candidate, phase: str, *, generation: int | None = None) -> Any:
-        self.asked.append((candidate.key(), generation, phase))
+    def recorded(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def measure(self, candidate: Candidate) -> float:
         (allocation,) = candidate.allocations
-        value = float(sum(candidate.timesteps) - sum(allocation.weight_bits) - sum(allocation.act_bits))
-        return SimpleNamespace(key=candidate.key(), score=lambda name: value if name == "toy" else None)
+        return float(sum(candidate.timesteps) - sum(allocation.weight_bits) - sum(allocation.act_bits))
+
+    def record(self, candidate: Candidate, measured: float, phase: str, *, generation: int | None, **_: Any) -> Any:
+        self.asked.append((candidate.key(), generation, phase))
+        return SimpleNamespace(key=candidate.key(), score=lambda name: measured if name == "toy" else None)
 
 
 def make_search(space: SearchSpace = SPACE, **changes: Any) -> EvolutionSearch:
@@ -65,9 +72,26 @@ def trainer(max_epochs: int, **arguments: Any) -> L.Trainer:
     )
 
 
-def run(search: EvolutionSearch, max_epochs: int) -> ToyObjective:
+HERE = LocalExecutor(None)  # type: ignore[arg-type]
+
+
+class Disorderly:
+    """Measures three at a time, and gives the last first."""
+
+    is_local, num_workers = False, 3
+
+    def measure(self, objective: Any, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Any]]:
+        for start in range(0, len(candidates), 3):
+            for candidate in reversed(candidates[start : start + 3]):
+                yield candidate, objective.measure(candidate)
+
+    def images(self, *_: Any) -> Any:
+        raise AssertionError("a toy has no images")
+
+
+def run(search: EvolutionSearch, max_epochs: int, executor: Executor = HERE) -> ToyObjective:
     objective = ToyObjective()
-    trainer(max_epochs).fit(SearchModule(search, objective))  # type: ignore[arg-type]
+    trainer(max_epochs).fit(SearchModule(search, objective, executor))  # type: ignore[arg-type]
     return objective
 
 
@@ -85,8 +109,16 @@ def test_lightning_changes_nothing_of_the_search() -> None:
     search, plain, objective = make_search(), make_search(), ToyObjective()
     run(search, 4)
     while not plain.finished:
-        plain.tell({c.key(): objective.evaluate(c, "search").score("toy") for c in plain.ask()})
+        plain.tell({c.key(): objective.measure(c) for c in plain.ask()})
     assert search.history == plain.history
+
+
+def test_the_order_in_which_scores_come_in_changes_nothing() -> None:
+    search, disturbed = make_search(), make_search()
+    asked, others = run(search, 4).asked, run(disturbed, 4, Disorderly()).asked
+    assert asked != others
+    assert sorted(asked) == sorted(others)
+    assert search.history == disturbed.history
 
 
 def test_an_exhausted_space_ends_the_search_early() -> None:
@@ -103,8 +135,8 @@ def test_a_checkpoint_is_json_and_continues_to_the_same_end(done: int) -> None:
     run(whole, 4)
     run(first, done)
     checkpoint: dict[str, Any] = {}
-    SearchModule(first, ToyObjective()).on_save_checkpoint(checkpoint)  # type: ignore[arg-type]
-    module = SearchModule(second, ToyObjective())  # type: ignore[arg-type]
+    SearchModule(first, ToyObjective(), HERE).on_save_checkpoint(checkpoint)  # type: ignore[arg-type]
+    module = SearchModule(second, ToyObjective(), HERE)  # type: ignore[arg-type]
     module.on_load_checkpoint(json.loads(json.dumps(checkpoint)))
     assert second.generation == done
     run(second, 4 - done)
@@ -112,23 +144,23 @@ def test_a_checkpoint_is_json_and_continues_to_the_same_end(done: int) -> None:
     assert second.stop_reason == whole.stop_reason
 
 
-class ToyProxy:
+class ToyProxy(ToyObjective):
     """Looks at the first timestep alone."""
 
-    def __init__(self) -> None:
-        self.asked: list[str] = []
+    def measure(self, candidate: Candidate) -> float:
+        return 100.0 - candidate.timesteps[0]
 
-    def evaluate(self, candidate: Candidate, phase: str, *, generation: int | None = None) -> Any:
+    def record(self, candidate: Candidate, measured: float, phase: str, **_: Any) -> Any:
         assert phase == "proxy"
-        self.asked.append(candidate.key())
-        return SimpleNamespace(metrics={"psnr_db": 100.0 - candidate.timesteps[0]})
+        self.asked.append((candidate.key(), None, phase))
+        return SimpleNamespace(key=candidate.key(), metrics={"psnr_db": measured})
 
 
 def test_a_proxy_lets_the_most_promising_through() -> None:
     search, objective, cheap = make_search(), ToyObjective(), ToyProxy()
     proxy = Proxy(cheap, "psnr_db", 0.4)  # type: ignore[arg-type]
-    trainer(4).fit(SearchModule(search, objective, proxy))  # type: ignore[arg-type]
-    assert cheap.asked == [scored.candidate.key() for scored in search.history]
+    trainer(4).fit(SearchModule(search, objective, HERE, proxy))  # type: ignore[arg-type]
+    assert [key for key, _, _ in cheap.asked] == [scored.candidate.key() for scored in search.history]
     assert len(objective.asked) == 4 * 4  # 0.4 of eight, rounded up
     for generation in range(4):
         scored = [s for s in search.history if s.generation == generation]
@@ -140,7 +172,7 @@ def test_a_proxy_lets_the_most_promising_through() -> None:
 
 def test_the_note_shows_the_best_of_all_generations() -> None:
     search = make_search()
-    module = SearchModule(search, ToyObjective())  # type: ignore[arg-type]
+    module = SearchModule(search, ToyObjective(), HERE)  # type: ignore[arg-type]
     assert module.progress_note == ""
     trainer(2).fit(module)
     assert search.best is not None

@@ -3,7 +3,15 @@
 from tmpq_exp.config.checks import MAX_BITS, MIN_BITS, UserError
 from tmpq_exp.config.paper import STAND_INS, PaperConfig, PublishedFigure
 from tmpq_exp.config.quantization import CalibrationConfig, Granularity, QuantConfig, QuantizerConfig
-from tmpq_exp.config.root import Config, LoggerConfig, PathsConfig, register_schema, to_config
+from tmpq_exp.config.root import (
+    Config,
+    ExecutorConfig,
+    LoggerConfig,
+    PathsConfig,
+    from_plain,
+    register_schema,
+    to_config,
+)
 from tmpq_exp.config.search import BudgetConfig, CostConfig, EvaluationConfig, ObjectiveConfig, SpaceConfig
 from tmpq_exp.config.winograd import (
     SCALES,
@@ -25,6 +33,7 @@ __all__ = [
     "Config",
     "CostConfig",
     "EvaluationConfig",
+    "ExecutorConfig",
     "Granularity",
     "LoggerConfig",
     "ObjectiveConfig",
@@ -39,6 +48,7 @@ __all__ = [
     "VariantConfig",
     "WinogradConfig",
     "WinogradLearningConfig",
+    "from_plain",
     "register_schema",
     "to_config",
 ]

@@ -48,6 +48,44 @@ class LoggerConfig:
 
 
 @dataclass
+class ExecutorConfig:
+    """Who measures candidates.
+
+    Args:
+        name: ``local``: the processes of the Trainer; ``ray``: workers of a Ray cluster (needs the extra ``ray``).
+        address: A running cluster, as ``auto`` or ``host:port``; null starts one of this host's own for the run.
+        num_workers: Workers to ask for, at least 1; those the cluster has no room for wait until there is. null: one
+            for every GPU, or for every ``num_threads`` CPUs, that the cluster has, counted anew all the time.
+        start_timeout_seconds: How long to wait while there is no worker at all, above 0.
+    """
+
+    name: str = "local"
+    address: str | None = None
+    num_workers: int | None = None
+    start_timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("local", "ray"):
+            raise UserError(f"executor.name must be local or ray, found {self.name!r}")
+        if self.name == "local" and (self.address is not None or self.num_workers is not None):
+            raise UserError(
+                "executor.address and executor.num_workers are of executor=ray, found them with executor=local; more "
+                "processes on this host come by trainer=ddp or trainer.devices"
+            )
+        host, _, port = (self.address or "auto").rpartition(":")
+        if self.address not in (None, "auto") and not (host and port.isdecimal()):
+            raise UserError(f"executor.address must be auto, host:port or null, found {self.address!r}")
+        if self.num_workers is not None:
+            check_at_least("executor.num_workers", self.num_workers, 1)
+        if not self.start_timeout_seconds > 0:
+            raise UserError(f"executor.start_timeout_seconds must be above 0, found {self.start_timeout_seconds}")
+        if self.name == "ray" and find_spec("ray") is None:
+            raise UserError(
+                "executor=ray needs the package ray, which is not installed: pip install 'tmpq-exp[ray]' (or ray alone)"
+            )
+
+
+@dataclass
 class PathsConfig:
     """Where things are.
 
@@ -83,7 +121,7 @@ class Config:
         stand_in: Under ``tier=smoke``, the family of the small model with random weights that runs in the place of one
             that is not given; null: none.
         paper: The row of a paper that a preset reproduces; null in all other jobs.
-        executor: Who scores candidates: ``local``.
+        executor: Who measures candidates: this process and its ranks, or workers of a cluster.
         model: The float model, a ``_target_``.
         data: Images for training, or test images of a classifier, a ``_target_``.
         search: The search algorithm, a partial ``_target_``.
@@ -103,7 +141,7 @@ class Config:
     tier: str = "full"
     stand_in: str | None = None
     paper: PaperConfig | None = None
-    executor: str = "local"
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     model: Any = MISSING
     data: Any = MISSING
     quant: QuantConfig = field(default_factory=QuantConfig)
@@ -211,6 +249,13 @@ def to_config(composed: DictConfig) -> Config:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return config
+
+
+def from_plain(resolved: dict[str, Any]) -> Config:
+    """Checked values of a configuration that was resolved to plain data, as ``config.yaml`` holds it."""
+    composed = OmegaConf.merge(OmegaConf.structured(Config), resolved)
+    assert isinstance(composed, DictConfig)
+    return to_config(composed)
 
 
 def _refuse_added_keys(node: DictConfig, prefix: str) -> None:

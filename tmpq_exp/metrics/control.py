@@ -46,7 +46,7 @@ class ControlledFrechet(Metric):
         facts: dict[str, Any],
     ) -> None:
         self.name, self.network, self.image_shape = f"{metric.name}_controlled", metric.network, metric.image_shape
-        self.metric, self._statistics, self._features, self._facts = metric, statistics, features, facts
+        self.metric, self.statistics, self.features, self._facts = metric, statistics, features, facts
 
     def start(self, *, resampled: bool = False) -> Measurement:
         """See ``Metric.start``."""
@@ -63,7 +63,7 @@ class ControlledFrechet(Metric):
             features: Of its images, ``(N, d)`` in float64 on the CPU, at least two.
             weights: How often each image counts, ``(N,)``; None counts each once.
         """
-        statistics, control = self._statistics(), self._features()
+        statistics, control = self.statistics(), self.features()
         weights = torch.ones_like(features[:, 0]) if weights is None else weights
         count = weights.sum()
         difference = features - control

@@ -28,6 +28,10 @@ class Made:
     def __getitem__(self, part: slice) -> Made:
         return Made(self.images[part], None if self.latents is None else self.latents[part])
 
+    def to(self, device: torch.device) -> Made:
+        """The same on a device."""
+        return Made(self.images.to(device), None if self.latents is None else self.latents.to(device))
+
     def joined(self, other: Made) -> Made:
         """These and others behind them."""
         if not len(self.images):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ import lightning as L
 from tmpq_exp.metrics.names import loss, value_of
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.algorithm import Search
+from tmpq_exp.search.executor import Executor, evaluate_all
 from tmpq_exp.search.objective import Objective
+from tmpq_exp.search.trials import Trial
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,9 @@ class Proxy:
         """Candidates of a generation that go on."""
         return math.ceil(num_candidates * self.promote_fraction)
 
-    def score(self, candidate: Candidate, generation: int) -> float:
+    def score(self, trial: Trial) -> float:
         """Proxy of a candidate, lower is better."""
-        found = self.objective.evaluate(candidate, "proxy", generation=generation).metrics[self.metric]
-        return loss(self.metric, found)
+        return loss(self.metric, trial.metrics[self.metric])
 
 
 class SearchModule(L.LightningModule):
@@ -45,18 +47,21 @@ class SearchModule(L.LightningModule):
     told as failed, so that they are no parents.
 
     The Trainer needs ``reload_dataloaders_every_n_epochs=1`` and at least as many epochs as there are generations. A
-    killed search resumes by running again: every recorded candidate is answered from the trials.
+    killed search resumes by running again: every recorded candidate is answered from the trials. The scores of a
+    generation may become known in any order; the search is told them all at once.
 
     Args:
         search: Algorithm by ask and tell.
         objective: Scores candidates.
+        executor: Measures them, here or elsewhere.
         proxy: The cheap look before; None scores all.
     """
 
-    def __init__(self, search: Search, objective: Objective, proxy: Proxy | None = None) -> None:
+    def __init__(self, search: Search, objective: Objective, executor: Executor, proxy: Proxy | None = None) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.search, self.objective, self.proxy = search, objective, proxy
+        self.search, self.objective, self.executor, self.proxy = search, objective, executor, proxy
+        self._running: Iterator[Trial] = iter(())
         self._scores: dict[str, float] = {}
         self._proxies: dict[str, float] = {}
 
@@ -77,21 +82,27 @@ class SearchModule(L.LightningModule):
         return range(size if self.proxy is None else size + self.proxy.num_promoted(size))
 
     def training_step(self, batch: int, batch_idx: int) -> None:
-        """One evaluation."""
-        candidates = self.search.ask()
-        if self.proxy is not None and batch < len(candidates):
-            candidate = candidates[batch]
-            self._proxies[candidate.key()] = self.proxy.score(candidate, self.search.generation)
-            return
-        trial = self.objective.evaluate(self._promoted(candidates)[batch], "search", generation=self.search.generation)
-        self._scores[trial.key] = trial.score(self.objective.score.name)
+        """The next evaluation that is done."""
+        if batch == 0:
+            self._running = self._evaluations()
+        next(self._running)
 
-    def _promoted(self, candidates: tuple[Candidate, ...]) -> dict[int, Candidate]:
-        """Number of the evaluation -> candidate whose quality it measures."""
-        if self.proxy is None:
-            return dict(enumerate(candidates))
+    def _evaluations(self) -> Iterator[Trial]:
+        """Those of the generation: the proxy's of all candidates, then the scores of those that go on."""
+        candidates, generation = self.search.ask(), self.search.generation
+        if self.proxy is not None:
+            for trial in evaluate_all(self.executor, self.proxy.objective, candidates, "proxy", generation=generation):
+                self._proxies[trial.key] = self.proxy.score(trial)
+                yield trial
+            candidates = self._promoted(candidates, self.proxy)
+        for trial in evaluate_all(self.executor, self.objective, candidates, "search", generation=generation):
+            self._scores[trial.key] = trial.score(self.objective.score.name)
+            yield trial
+
+    def _promoted(self, candidates: tuple[Candidate, ...], proxy: Proxy) -> tuple[Candidate, ...]:
+        """The candidates of the best proxies, best first."""
         ranked = sorted(candidates, key=lambda candidate: self._proxies[candidate.key()])
-        return dict(enumerate(ranked[: self.proxy.num_promoted(len(candidates))], start=len(candidates)))
+        return tuple(ranked[: proxy.num_promoted(len(candidates))])
 
     def on_train_epoch_end(self) -> None:
         """Tell the generation's scores."""

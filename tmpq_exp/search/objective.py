@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,89 +13,35 @@ from torch import Tensor
 from tmpq_exp.cost import CostModel
 from tmpq_exp.metrics.control import ControlledFrechet
 from tmpq_exp.metrics.fidelity import FeatureError, Psnr
-from tmpq_exp.metrics.frechet import FrechetMetric
-from tmpq_exp.metrics.metric import Measurement, Metric, features_of
-from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
-from tmpq_exp.progress import StageBar
+from tmpq_exp.metrics.metric import Measurement, Metric
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import digest
 from tmpq_exp.search.evaluation import Evaluation, Made
+from tmpq_exp.search.protocol import Beside, Control, Images, Protocol, images_by
 from tmpq_exp.search.trials import Trial, TrialLog, finite_metrics
 from tmpq_exp.zoo.conditioning import Prompts
 
 Feed = Callable[[Candidate, Callable[[Tensor], None]], None]
 """Makes the images of a candidate under a protocol and hands on one whole micro-batch after the other."""
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """Which images an evaluation makes.
-
-    Args:
-        num_images: Number of images.
-        seed: Seed of the image stream; search, selection and final evaluation have different ones.
-        micro_batch: Images a forward.
-        paired_images: Images, the first of them, that are compared with the float reference's of the same seeds.
-    """
-
-    num_images: int
-    seed: int
-    micro_batch: int
-    paired_images: int = 256
-
-    def micro_batches(self) -> list[range]:
-        """Image indices of every forward; the last one is whole too, so that an image never depends on their number."""
-        return [range(i, i + self.micro_batch) for i in range(0, self.num_images, self.micro_batch)]
-
-    def paired(self) -> Protocol:
-        """The same with no more images than are compared with the float reference's."""
-        return replace(self, num_images=min(self.num_images, self.paired_images))
-
-    def wanted(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """These micro-batches without the images beyond ``num_images``."""
-        missing = self.num_images
-        for images in batches:
-            yield images[:missing]
-            missing -= len(images)
-
-
-class Control:
-    """A schedule whose images of the same seeds stand beside every candidate's, to take chance out of the score.
-
-    Args:
-        module: Makes the images.
-        metric: Quality metric, made ready.
-        candidate: The schedule, float.
-        protocol: Which images its statistics come from; other seeds than any candidate's.
-    """
-
-    def __init__(self, module: SupernetModule, metric: FrechetMetric, candidate: Candidate, protocol: Protocol) -> None:
-        self.module, self.metric, self.candidate, self.protocol = module, metric, candidate, protocol
-
-    @cached_property
-    def statistics(self) -> FeatureStatistics:
-        """Of its own images, measured at first use."""
-        sums = FeatureSums(self.metric.network)
-        with StageBar("control images", len(self.protocol.micro_batches())) as bar:
-            for images in self._images(self.protocol):
-                sums.update(images)
-                bar.advance()
-        return sums.statistics()
-
-    def under(self, protocol: Protocol) -> ControlledFrechet:
-        """The metric of candidates under a protocol."""
-        facts = {"schedule": self.candidate.key(), "images": self.protocol.num_images, "seed": self.protocol.seed}
-        found = cache(lambda: torch.cat([features_of(self.metric.network, x).cpu() for x in self._images(protocol)]))
-        return ControlledFrechet(self.metric, lambda: self.statistics, found, facts)
-
-    def _images(self, protocol: Protocol) -> Iterator[Tensor]:
-        made = (self.module.images(self.candidate, some, protocol.seed) for some in protocol.micro_batches())
-        yield from protocol.wanted(made)
-
-
 PROXIES = ("psnr_db", "feature_mse")
 """Metrics against the float reference's images of the same seeds."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one candidate, as plain values that may come from another process.
+
+    Args:
+        metrics: Name -> value, NaN where it could not be had.
+        intervals: Metric -> 95 % interval over images, where one was asked for.
+        problems: Metric -> why it could not be had.
+    """
+
+    metrics: dict[str, float]
+    intervals: dict[str, list[float]] | None
+    problems: dict[str, str]
 
 
 class Objective:
@@ -118,6 +64,7 @@ class Objective:
         bootstrap: Resamples behind the quality's interval over images; 0 leaves it out.
         control: With it a trial has ``<metric>_controlled`` too, and candidates are ranked by that.
         further: Metrics that are measured beside the quality, made ready; each has a fingerprint of its own.
+        images: Makes the images; None: the module, here.
     """
 
     def __init__(
@@ -135,11 +82,13 @@ class Objective:
         bootstrap: int = 0,
         control: Control | None = None,
         further: Sequence[Metric] = (),
+        images: Images | None = None,
     ) -> None:
         self.module, self.metric, self.protocol, self.cost, self.trials = module, metric, protocol, cost, trials
         self.reference_candidate, self._on_trial = reference_candidate, on_trial
         self.state, self.measures_quality, self.bootstrap = state, measures_quality, bootstrap
         self.further = tuple(further)
+        self._images = images_by(module) if images is None else images
         self.score: Metric = metric if control is None or not measures_quality else control.under(protocol)
         self._needs_latents = any("latents" in used.needs for used in (metric, *further))
         self._reference: Made | None = None
@@ -184,31 +133,41 @@ class Objective:
             phase, name, generation: See ``Trial``.
             feed: Makes the images instead of the module; must make the same ones.
         """
+        known = self.recorded(candidate, phase, name=name, generation=generation)
+        if known is not None:
+            return known
+        return self.record(candidate, self.measure(candidate, feed), phase, name=name, generation=generation)
+
+    def recorded(
+        self, candidate: Candidate, phase: str, *, name: str | None = None, generation: int | None = None
+    ) -> Trial | None:
+        """The trial of a candidate that this run or one to be reused has recorded; None if it is to be measured.
+
+        One of a run to be reused is recorded here again, with its source. Arguments as for ``evaluate``.
+        """
         known = self.trials.find(candidate, self.fingerprint, self.state)
         if known is not None and self._has_further(known):
             return known
         earlier = self.trials.find_elsewhere(candidate, self.fingerprint, self.state)
-        if earlier is not None and self._has_further(earlier):
-            index = self.trials.num_lines
-            trial = replace(earlier, index=index, phase=phase, name=name, generation=generation)
-        else:
-            trial = self._trial(candidate, phase, name, generation, feed)
-        self.trials.append(trial)
-        self._on_trial(trial)
-        return trial
+        if earlier is None or not self._has_further(earlier):
+            return None
+        index = self.trials.num_lines
+        return self._keep(replace(earlier, index=index, phase=phase, name=name, generation=generation))
 
-    def _has_further(self, trial: Trial) -> bool:
-        """Whether a trial was measured by these further metrics too."""
-        return self.further_fingerprints.items() <= (trial.further or {}).items()
-
-    def _trial(
-        self, candidate: Candidate, phase: str, name: str | None, generation: int | None, feed: Feed | None
+    def record(
+        self,
+        candidate: Candidate,
+        measured: Measured,
+        phase: str,
+        *,
+        name: str | None = None,
+        generation: int | None = None,
     ) -> Trial:
-        """Measure a candidate."""
-        metrics, intervals, problems = self._measure(candidate, feed)
+        """Keep what was measured of a candidate, wherever that was; on disk when it is returned."""
         judged = (self.score.name,) if self.measures_quality else PROXIES
+        problems = measured.problems
         missing = {name: problems[name] for name in self.further_fingerprints if name in problems}
-        return Trial(
+        trial = Trial(
             index=self.trials.num_lines,
             phase=phase,
             name=name,
@@ -218,28 +177,60 @@ class Objective:
             bitops=self.cost.bitops(candidate),
             macs=self.cost.macs(candidate),
             weight_bytes=self.cost.weight_bytes(candidate),
-            metrics=finite_metrics(metrics),
+            metrics=finite_metrics(measured.metrics),
             num_images=self.protocol.num_images,
             seed=self.protocol.seed,
             fingerprint=self.fingerprint,
             state=self.state,
             error=next((problems[name] for name in judged if name in problems), None),
-            intervals=intervals,
+            intervals=measured.intervals,
             further=self.further_fingerprints or None,
             missing=missing or None,
         )
+        return self._keep(trial)
 
-    def _measure(
-        self, candidate: Candidate, feed: Feed | None
-    ) -> tuple[dict[str, float], dict[str, list[float]] | None, dict[str, str]]:
-        """Metrics, their intervals, and why a metric could not be had."""
+    def _keep(self, trial: Trial) -> Trial:
+        self.trials.append(trial)
+        self._on_trial(trial)
+        return trial
+
+    def measure(self, candidate: Candidate, feed: Feed | None = None, images: Images | None = None) -> Measured:
+        """Figures of a candidate; nothing is looked up or recorded.
+
+        Args:
+            candidate: What to measure.
+            feed: Makes the candidate's images, see ``evaluate``.
+            images: Makes them, and what stands beside them, where there is no feed; None: as the objective was told.
+        """
         started = self._started()
-        metrics, problems = self._evaluated(candidate, started, feed).values()
+        metrics, problems = self._evaluated(candidate, started, feed, images or self._images).values()
         main = self.metric.name
         if not self.bootstrap or not self.measures_quality or main in problems:
-            return metrics, None, problems
+            return Measured(metrics, None, problems)
         interval = started[main].interval(self.bootstrap, self.protocol.seed)
-        return metrics, None if interval is None else {main: list(interval)}, problems
+        return Measured(metrics, None if interval is None else {main: list(interval)}, problems)
+
+    def measure_here(self, candidate: Candidate) -> Measured:
+        """The same with images that the module makes in this process."""
+        return self.measure(candidate, images=images_by(self.module))
+
+    def beside(self) -> Beside:
+        """What candidates are compared with, made at first use; on the CPU."""
+        reference = self._reference_made(self._images).to(torch.device("cpu"))
+        if not isinstance(self.score, ControlledFrechet):
+            return Beside(reference)
+        return Beside(reference, self.score.statistics(), self.score.features())
+
+    def adopt(self, beside: Beside) -> None:
+        """Take over what another process made of the same objective."""
+        self._reference = beside.reference.to(self.module.device)
+        statistics, features = beside.control_statistics, beside.control_features
+        if isinstance(self.score, ControlledFrechet) and statistics is not None and features is not None:
+            self.score.statistics, self.score.features = lambda: statistics, lambda: features
+
+    def _has_further(self, trial: Trial) -> bool:
+        """Whether a trial was measured by these further metrics too."""
+        return self.further_fingerprints.items() <= (trial.further or {}).items()
 
     def _started(self) -> dict[str, Measurement]:
         """Every metric of a trial, begun: the quality's first."""
@@ -255,12 +246,12 @@ class Objective:
     def interval(self, candidate: Candidate, num_resamples: int) -> list[float] | None:
         """Bootstrap interval of a candidate's score over images, 95 %; None where there is none."""
         measurement = self.score.start(resampled=True)
-        _, problems = self._evaluated(candidate, {self.score.name: measurement}).values()
+        _, problems = self._evaluated(candidate, {self.score.name: measurement}, None, self._images).values()
         interval = None if problems else measurement.interval(num_resamples, self.protocol.seed)
         return None if interval is None else list(interval)
 
     def _evaluated(
-        self, candidate: Candidate, started: Mapping[str, Measurement], feed: Feed | None = None
+        self, candidate: Candidate, started: Mapping[str, Measurement], feed: Feed | None, images: Images
     ) -> Evaluation:
         """Measurements that have taken all images of a candidate."""
         is_reference = candidate == self.reference_candidate
@@ -269,35 +260,41 @@ class Objective:
             started,
             self.protocol.num_images,
             self.protocol.paired().num_images,
-            None if is_reference else self._reference_made(),
+            None if is_reference else self._reference_made(images),
             conditions.of_images if isinstance(conditions, Prompts) else None,
             self._reference_memos,
         )
-        self._make(candidate, self.protocol, evaluation.take, feed)
+        self._make(candidate, self.protocol, evaluation.take, feed, images)
         if len(evaluation.own.images) == self.protocol.paired().num_images:
             self._reference = evaluation.own
         return evaluation
 
     def _make(
-        self, candidate: Candidate, protocol: Protocol, take: Callable[[Made], None], feed: Feed | None = None
+        self,
+        candidate: Candidate,
+        protocol: Protocol,
+        take: Callable[[Made], None],
+        feed: Feed | None,
+        images: Images,
     ) -> None:
         """Make the images of a candidate; with latents where a metric reads them, and then here in any case."""
         if feed is not None and not self._needs_latents:
-            feed(candidate, lambda images: take(Made(images)))
+            feed(candidate, lambda batch: take(Made(batch)))
+            return
+        if not self._needs_latents:
+            for batch in images(candidate, protocol):
+                take(Made(batch))
             return
         for indices in protocol.micro_batches():
-            if self._needs_latents:
-                latents = self.module.latents(candidate, indices, protocol.seed)
-                with torch.inference_mode():
-                    take(Made(self.module.task.decode(latents), latents))
-            else:
-                take(Made(self.module.images(candidate, indices, protocol.seed)))
+            latents = self.module.latents(candidate, indices, protocol.seed)
+            with torch.inference_mode():
+                take(Made(self.module.task.decode(latents), latents))
 
-    def _reference_made(self) -> Made:
+    def _reference_made(self, images: Images) -> Made:
         """The float reference's images of the first of these seeds."""
         if self._reference is None:
             parts, protocol = list[Made](), self.protocol.paired()
-            self._make(self.reference_candidate, protocol, parts.append)
+            self._make(self.reference_candidate, protocol, parts.append, None, images)
             self._reference = reduce(Made.joined, parts)[: protocol.num_images]
         return self._reference
 
