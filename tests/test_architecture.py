@@ -16,11 +16,13 @@ PACKAGE = Path(tmpq_exp.__file__).parent
 ORDER = (
     # (0) what every layer may use
     "files",
+    "locks",
     "seeding",
     "progress",
     # (1) what a candidate is, configuration, exact algebra, timestep sequences, pure functions
     "quant",
     "quant.allocation",
+    "config.identity",
     "config.checks",
     "config.quantization",
     "config.winograd",
@@ -28,6 +30,7 @@ ORDER = (
     "config.root",
     "config",
     "overrides",
+    "job_record",
     "quant.primitives",
     "winograd",
     "winograd.transform",
@@ -126,6 +129,7 @@ ORDER = (
     "report.classification_page",
     "report.comparison",
     "report.comparison_page",
+    "report.sweep_page",
     "runs",
     "tracking.tracker",
     "tracking.training",
@@ -152,8 +156,11 @@ ORDER = (
     "classify",
     "relog",
     "compare",
+    "sweep",
     # (6) the doors: the package's public names, and the command line
     "",
+    "sweep_end",
+    "jobs",
     "__main__",
 )
 """From low to high; a package stands where its ``__init__`` belongs, ``""`` is ``tmpq_exp`` itself."""

@@ -38,7 +38,7 @@ SMOKE = ("tier=smoke", "logger=none", "num_threads=1")
 SCORE = "fd_digits_controlled"
 """What the search ranks candidates by."""
 FILES = (
-    *("config.yaml", "environment.json", "stages.json", "trials.jsonl", "supernet.safetensors"),
+    *(".lock", "config.yaml", "environment.json", "stages.json", "trials.jsonl", "supernet.safetensors"),
     *(
         "winograd_scales.json",
         "recipe.json",

@@ -15,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 
 from tmpq_exp.config import Config, UserError, WinogradConfig
+from tmpq_exp.config.identity import digest
 from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, is_eligible, saving_tiles
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
@@ -30,7 +31,7 @@ from tmpq_exp.progress import StageProgress
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.recipe import read_candidate
-from tmpq_exp.rundir import RunDirectory, bad_input, digest
+from tmpq_exp.rundir import RunDirectory, bad_input
 from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.objective import Control, Objective, Protocol
 from tmpq_exp.search.random import RandomSearch

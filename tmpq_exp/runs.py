@@ -12,9 +12,11 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from tmpq_exp.config import UserError
+from tmpq_exp.config.identity import flatten, lasting
+from tmpq_exp.job_record import job_name
 from tmpq_exp.report.classification import validate_classification
 from tmpq_exp.report.content import validate_report
-from tmpq_exp.rundir import RunDirectory, flatten
+from tmpq_exp.rundir import RunDirectory
 from tmpq_exp.search.trials import read_trials
 
 
@@ -40,8 +42,8 @@ class PastRun:
 
     @property
     def name(self) -> str:
-        """Name of the directory."""
-        return self.directory.path.resolve().name
+        """Name of the directory, or what a sweep calls the job in it."""
+        return job_name(self.directory.path)
 
 
 KINDS = {
@@ -87,7 +89,7 @@ def read_run(path: Path) -> PastRun:
 
 def differing_settings(runs: Sequence[PastRun]) -> list[dict[str, Any]]:
     """For every run its settings that are not the same in all, under dotted names; logger and paths left out."""
-    flat = [flatten({k: v for k, v in run.config.items() if k not in ("logger", "paths", "runs")}) for run in runs]
+    flat = [flatten(lasting(run.config)) for run in runs]
     keys = [
         key
         for key in dict.fromkeys(key for one in flat for key in one)
@@ -109,8 +111,9 @@ def _run_directories(path: Path) -> list[Path]:
 
 def _job_order(path: Path) -> tuple[int, str]:
     """Jobs of a sweep in the order of their numbers, which their names start with."""
-    number = path.name.partition("_")[0]
-    return int(number) if number.isdecimal() else 0, path.name
+    name = job_name(path)
+    number = name.partition("_")[0]
+    return int(number) if number.isdecimal() else 0, name
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

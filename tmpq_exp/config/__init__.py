@@ -2,7 +2,7 @@
 
 from tmpq_exp.config.checks import MAX_BITS, MIN_BITS, UserError
 from tmpq_exp.config.quantization import CalibrationConfig, Granularity, QuantConfig, QuantizerConfig
-from tmpq_exp.config.root import Config, LoggerConfig, PathsConfig, register_schema, to_config
+from tmpq_exp.config.root import Config, LoggerConfig, PathsConfig, SweepConfig, register_schema, to_config
 from tmpq_exp.config.search import BudgetConfig, CostConfig, EvaluationConfig, ObjectiveConfig, SpaceConfig
 from tmpq_exp.config.winograd import (
     SCALES,
@@ -30,6 +30,7 @@ __all__ = [
     "QuantConfig",
     "QuantizerConfig",
     "SpaceConfig",
+    "SweepConfig",
     "TileConfig",
     "UserError",
     "VariantConfig",

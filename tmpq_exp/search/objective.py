@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tmpq_exp.config.identity import digest
 from tmpq_exp.cost import CostModel
 from tmpq_exp.metrics.control import ControlledFrechet
 from tmpq_exp.metrics.fidelity import FeatureError, Psnr
@@ -19,7 +20,6 @@ from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
-from tmpq_exp.rundir import digest
 from tmpq_exp.search.evaluation import Evaluation, Made
 from tmpq_exp.search.trials import Trial, TrialLog, finite_metrics
 from tmpq_exp.zoo.conditioning import Prompts
