@@ -50,6 +50,7 @@ ORDER = (
     "winograd.noise",
     "winograd.scales",
     "quant.layers",
+    "quant.compiling",
     "diffusion.sampler",
     "cost",
     "release_scale",

@@ -45,6 +45,26 @@ def test_a_supernet_moves_to_the_gpu_and_back() -> None:
     assert module.to("cpu").images(candidate, range(8), seed=0).equal(before)
 
 
+def test_compiled_subnets_on_the_gpu_make_the_same_images_up_to_rounding() -> None:
+    task = DigitsDDPM().task()
+    layers = task_layers(task)
+    modules = [
+        SupernetModule(task, layers, [(8, 6)] * len(layers), [(8, 6)] * len(layers), QuantConfig(compile=compile))
+        for compile in (False, None)
+    ]
+    for module in modules:
+        for name, quantizer in module.supernet.named_quantizers():
+            quantizer.scale.fill_(0.02 if "act" in name else 0.004)
+            quantizer.zero_point.fill_(128)
+        module.to("cuda")
+    assert [module.is_compiled for module in modules] == [False, True]
+    for bits in (8, 6, 32):
+        allocation = Allocation((bits,) * len(layers), (bits,) * len(layers), (0,) * len(layers))
+        candidate = Candidate((900, 400, 0), (allocation,))
+        plain, compiled = (module.images(candidate, range(8), seed=0) for module in modules)
+        assert (compiled - plain).abs().mean() < (0.001 if bits == 32 else 0.02)
+
+
 @pytest.mark.parametrize("m", [2, 4, 6])
 @pytest.mark.parametrize("shaped_stages", [(), ("u", "v", "m")])
 def test_winograd_on_the_gpu_is_close_to_the_cpu(m: int, shaped_stages: tuple[str, ...]) -> None:

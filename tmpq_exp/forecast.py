@@ -161,9 +161,13 @@ def measure_calls(experiment: Experiment) -> CallSeconds:
 
 
 def _measured_network(experiment: Experiment, candidate: Candidate, tiles: Sequence[int]) -> SupernetModule:
-    """Network that runs the candidate, and its layers as these tiles; Winograd scales are the closed form."""
+    """Network that runs the candidate, and its layers as these tiles; Winograd scales are the closed form.
+
+    It is not compiled, which would take longer than all calls: where the run's is, the forecast is on the safe side.
+    """
     config, quant = experiment.config, experiment.config.quant
-    rough = replace(quant, weight=replace(quant.weight, estimator="minmax"), act=replace(quant.act, estimator="minmax"))
+    weight, act = (replace(quantizer, estimator="minmax") for quantizer in (quant.weight, quant.act))
+    rough = replace(quant, weight=weight, act=act, compile=False)
     module = SupernetModule(experiment.task, experiment.layers, *bit_choices(candidate), rough).to(experiment.device)
     supernet, generator = module.supernet, torch.Generator().manual_seed(0)
     for layer in supernet.layers:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tmpq_exp.cost import ConvShape, is_eligible
 from tmpq_exp.experiment import Experiment, examined_tiles, used_tiles, winograd_spec
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.quant.layers import LayerSetting, QuantConv2d, layers_at
+from tmpq_exp.quant.layers import LayerSetting, QuantConv2d, WeightedLayer, layers_at
 from tmpq_exp.quant.primitives import sqnr_db
 from tmpq_exp.quant.states import trajectory_states
+from tmpq_exp.quant.supernet import Supernet
 from tmpq_exp.search.tile_rule import choose_tiles
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.winograd.conv import WinogradSpec
@@ -176,8 +177,7 @@ def tile_rule(experiment: Experiment) -> Candidate | None:
     timesteps = experiment.standard_schedule(config.space.num_inference_steps)
     seeds = noise_seeds(stream_seed(config.seed, "tile rule") % 2**32, 0, len(cost))
     calls = len(timesteps) * cost.calls_per_step
-    held = {*config.space.weight_bits, *config.evaluation.baseline_bits}
-    for bits in sorted(held & {*config.space.act_bits, *config.evaluation.baseline_bits}, reverse=True):
+    for bits in sorted(_bits_of_all(experiment.module.supernet), reverse=True):
         direct = experiment.uniform(timesteps, bits, bits)
         (allocation,) = direct.allocations
         noises, bitops = [], []
@@ -192,6 +192,14 @@ def tile_rule(experiment: Experiment) -> Candidate | None:
         if chosen is not None:
             return replace(direct, allocations=(replace(allocation, tiles=chosen),))
     return None
+
+
+def _bits_of_all(supernet: Supernet) -> set[int]:
+    """Bits that every layer holds for activations, and for weights where it has them."""
+    held = [set(layer.act_choices) for layer in supernet.layers]
+    return set.intersection(
+        *held, *(set(layer.weight_choices) for layer in supernet.layers if isinstance(layer, WeightedLayer))
+    )
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.benchmarks.scoring import forward_share, frechet_seconds
+from tests.benchmarks.supernets import Case, cifar_unet, digits_unet, plain_ratio, supernet_ratio, uniform_supernet
 from tmpq_exp.config import CalibrationConfig
 
 
@@ -29,7 +30,8 @@ def _threads() -> Iterator[None]:
 
 def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
     measurements = [
-        bench.supernet_ratio("ddpm_digits", bench.digits_unet, 2, 1),
+        supernet_ratio(Case.of("ddpm_digits", digits_unet, 2), 1),
+        plain_ratio(Case.of("ddpm_digits", digits_unet, 2), 1),
         bench.winograd_ratio(4, 1, 8, 2),
         bench.winograd_ratio(4, 1, 8, 2, shaped=True),
         bench.winograd_memory(4, 1, 8),
@@ -38,10 +40,10 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
     ]
     bench.write(tmp_path / "new" / "bench.json", measurements)
     lines = json.loads((tmp_path / "new" / "bench.json").read_text())
-    assert [set(line) for line in lines] == [{"name", "ratio", "unit", "goal", "met", "spread", "device"}] * 6
+    assert [set(line) for line in lines] == [{"name", "ratio", "unit", "goal", "met", "spread", "device"}] * 7
     assert all(line["ratio"] > 0 for line in lines)
-    assert [line["met"] is None for line in lines] == [False, False, True, False, False, False]
-    assert bench.table(measurements).row_count == 6
+    assert [line["met"] is None for line in lines] == [False, True, False, True, False, False, False]
+    assert bench.table(measurements).row_count == 7
 
 
 @pytest.mark.slow
@@ -53,15 +55,15 @@ def test_the_calibration_benchmarks_run(bench: SimpleNamespace) -> None:
 
 def test_the_cifar_network_is_the_one_of_the_papers(bench: SimpleNamespace) -> None:
     with torch.device("meta"):
-        network = bench.cifar_unet()
+        network = cifar_unet()
     assert sum(parameter.numel() for parameter in network.parameters()) == 35_746_307
 
 
 def test_the_compressed_side_is_quantized(bench: SimpleNamespace) -> None:
-    network = bench.digits_unet()
+    network = digits_unet()
     x = torch.randn(2, 1, 16, 16)
     arguments = (x, torch.tensor([500, 500]), torch.tensor([1, 2]))
-    supernet, allocation = bench.uniform_supernet(network, x, class_labels=arguments[2])
+    supernet, allocation = uniform_supernet(network, x, class_labels=arguments[2])
     with torch.inference_mode():
         reference = network(*arguments).sample
         assert supernet(*arguments).sample.equal(reference)

@@ -37,6 +37,7 @@ class FakeSupernet:
     bad: Candidate | None = None
     calls: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    is_compiled: bool = False
     task: Any = field(default_factory=lambda: fake_task())
 
     def latents(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:

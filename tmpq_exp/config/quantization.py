@@ -58,6 +58,9 @@ class QuantConfig:
         split_shortcuts: Where a block's input is a concatenation, as in the up path of a U-Net, quantize its two sides
             apart: they differ in range. For static per-tensor activations and per-channel or per-tensor weights.
         cache_max_bytes: Memory cap of quantized weights kept ready for use.
+        compile: Whether subnets without Winograd tiles run through ``torch.compile``, which fuses the quantization of
+            activations with what is around it; null: on GPUs. Subnets of all bits share one graph, and the weights of
+            one must fit under the cap. Images differ from those of ``false`` by rounding.
     """
 
     weight: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(Granularity.PER_CHANNEL.value))
@@ -65,6 +68,7 @@ class QuantConfig:
     softmax_bits: int = 8
     split_shortcuts: bool = True
     cache_max_bytes: int = 512 * 2**20
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         check_bits("quant.softmax_bits", self.softmax_bits)

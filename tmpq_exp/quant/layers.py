@@ -72,7 +72,7 @@ class WeightCache:
             found: WeightsT = self._entries[key]
             return found
         self.num_misses += 1
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # one kind of tensor, whoever asks first
             value = compute()
         if value.nbytes <= self.max_bytes:
             self._entries[key] = value
@@ -106,6 +106,7 @@ class QuantLayer(nn.Module):
         self.setting = FLOAT
         self.observer: Observer | None = None
         self.learning: Learning | None = None
+        self.held_weight: Tensor | None = None
 
     @abstractmethod
     def act_quantizers(self) -> Iterator[ActQuantizer]:
@@ -145,6 +146,36 @@ class QuantLayer(nn.Module):
             if isinstance(module, Quantizer):
                 yield name, module
 
+    def act_bits(self, setting: LayerSetting) -> Iterator[tuple[ActQuantizer, int]]:
+        """Every activation quantizer with its bits under a setting."""
+        for quantizer in self.act_quantizers():
+            yield quantizer, setting.act_bits
+
+    def can_hold(self, setting: LayerSetting) -> bool:
+        """Whether this setting is computed from tensors alone, the same code at any bits: see ``hold``."""
+        return (
+            self.observer is None
+            and self.learning is None
+            and setting.tile == DIRECT_TILE
+            and FLOAT_BITS not in (setting.weight_bits, setting.act_bits)
+            and not any(quantizer.is_dynamic for quantizer in self.act_quantizers())
+        )
+
+    def hold(self, setting: LayerSetting) -> None:
+        """Keep at hand, as tensors, all that ``forward`` needs at this setting, so that it looks nothing up by bits.
+
+        Compiled code is specialized on every number it meets, but not on the values of tensors: so one graph serves all
+        bits.
+        """
+        for quantizer, bits in self.act_bits(setting):
+            quantizer.hold(bits)
+
+    def release(self) -> None:
+        """Inverse of ``hold``."""
+        self.held_weight = None
+        for quantizer in self.act_quantizers():
+            quantizer.held = None
+
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
         """Run in float and show every activation that would be quantized to ``observer``."""
@@ -156,6 +187,8 @@ class QuantLayer(nn.Module):
 
     def quantize_act(self, quantizer: ActQuantizer, x: Tensor) -> Tensor:
         """``x`` at the present activation bits."""
+        if quantizer.held is not None:
+            return quantizer.quantize_held(x)
         if self.observer is not None:
             self.observer(quantizer, x)
         return self._quantized(quantizer, x, self.setting.act_bits)
@@ -216,8 +249,15 @@ class WeightedLayer(QuantLayer):
         """See ``QuantLayer.weight_rows``."""
         return self.weight_quantizer, self.weight_quantizer.rows(self.float_layer.weight.detach())
 
+    def hold(self, setting: LayerSetting) -> None:
+        """See ``QuantLayer.hold``."""
+        super().hold(setting)
+        self.held_weight = self.quantized_weight(setting.weight_bits)
+
     def weight(self) -> Tensor:
         """Weights of direct computation at the present bits."""
+        if self.held_weight is not None:
+            return self.held_weight
         bits = self.setting.weight_bits
         if bits == FLOAT_BITS:
             return self.float_layer.weight
@@ -335,6 +375,12 @@ class QuantAttentionProducts(QuantLayer):
         """Those of q, k, v and the softmax."""
         yield from (self.q, self.k, self.v, self.softmax)
 
+    def act_bits(self, setting: LayerSetting) -> Iterator[tuple[ActQuantizer, int]]:
+        """See ``QuantLayer.act_bits``; the softmax has the bits that are weights' elsewhere."""
+        for quantizer in (self.q, self.k, self.v):
+            yield quantizer, setting.act_bits
+        yield self.softmax, setting.weight_bits
+
     def __call__(
         self,
         attn: Any,
@@ -357,7 +403,7 @@ class QuantAttentionProducts(QuantLayer):
         **kwargs: Any,
     ) -> Tensor:
         """Attention of a diffusers ``Attention`` module; images ``(B, C, H, W)`` or tokens ``(B, N, C)``."""
-        if self.setting == FLOAT and self.observer is None:
+        if self.q.held is None and self.observer is None and self.setting == FLOAT:
             return self.float_processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -388,8 +434,11 @@ class QuantAttentionProducts(QuantLayer):
         key = attn.head_to_batch_dim(self.quantize_act(self.k, key))
         value = attn.head_to_batch_dim(self.quantize_act(self.v, attn.to_v(context)))
         weights = attn.get_attention_scores(query, key, mask)
-        if self.observer is not None:
-            self.observer(self.softmax, weights)
-        weights = self._quantized(self.softmax, weights, self.setting.weight_bits)
+        if self.softmax.held is not None:
+            weights = self.softmax.quantize_held(weights)
+        else:
+            if self.observer is not None:
+                self.observer(self.softmax, weights)
+            weights = self._quantized(self.softmax, weights, self.setting.weight_bits)
         products: Tensor = attn.batch_to_head_dim(torch.bmm(weights, value))
         return products

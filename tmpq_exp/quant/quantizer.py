@@ -257,7 +257,9 @@ class ActQuantizer(Quantizer):
             sizes = [seam, num_channels - seam] if seam else [num_channels]
         super().__init__(bit_choices, len(sizes), config)
         self.channel_dim, self.row_sizes = channel_dim, sizes
+        self.held: tuple[Tensor, ...] | None = None
         self._parameters_at: dict[tuple[int, int], tuple[Tensor, Any, Any]] = {}
+        self._held_at: dict[int, tuple[Tensor, ...]] = {}
         self._observed: list[Tensor] | None = None
         self._extremes: list[Tensor] = []
 
@@ -276,12 +278,22 @@ class ActQuantizer(Quantizer):
 
     def per_activation(self, values: Tensor, x: Tensor) -> Tensor:
         """One value a row -> a tensor that broadcasts against the activations."""
+        return self._against(self._per_channel(values), x)
+
+    def _per_channel(self, values: Tensor) -> Tensor:
+        """One value a row -> ``(channels,)``, or ``()`` where all channels share one."""
         if self.num_rows == 1:
             return values.view(())
         sizes = torch.tensor(self.row_sizes, device=values.device)
+        return values.repeat_interleave(sizes, output_size=sum(self.row_sizes))
+
+    def _against(self, values: Tensor, x: Tensor) -> Tensor:
+        """Values from ``_per_channel``, to broadcast against the activations."""
+        if self.num_rows == 1:
+            return values
         shape = [1] * x.dim()
         shape[self.channel_dim] = -1
-        return values.repeat_interleave(sizes, output_size=sum(self.row_sizes)).view(shape)
+        return values.view(shape)
 
     def integer_limits(self, bits: int, x: Tensor) -> tuple[Any, Any]:
         """Integer range with the zero point taken off: numbers where all activations share one, else tensors."""
@@ -301,9 +313,28 @@ class ActQuantizer(Quantizer):
         self._parameters_at[bits, x.dim()] = parameters
         return parameters
 
+    def hold(self, bits: int) -> None:
+        """Keep scale and integer limits of these bits at hand for ``quantize_held``."""
+        held = self._held_at.get(bits)
+        if held is None:
+            index = self.calibrated_choice(bits)
+            quant_min, quant_max = integer_range(bits, self.config.symmetric)
+            with torch.inference_mode(False), torch.no_grad():
+                zero_point, scale = self.zero_point[index].clone(), self.scale[index].clone()
+                rows = (scale, quant_min - zero_point, quant_max - zero_point)
+                held = self._held_at[bits] = tuple(self._per_channel(values) for values in rows)
+        self.held = held
+
+    def quantize_held(self, x: Tensor) -> Tensor:
+        """As ``forward`` at the bits held, from tensors alone; compiled it is one pass."""
+        assert self.held is not None
+        scale, low, high = (self._against(values, x) for values in self.held)
+        return torch.clamp(torch.round(x / scale), low, high) * scale
+
     def forget_parameters(self) -> None:
         """To be called after the buffers have changed."""
         self._parameters_at.clear()
+        self._held_at.clear()
 
     def start_observing(self) -> None:
         """Collect values from ``observe`` until ``finish_observing``."""

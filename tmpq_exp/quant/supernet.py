@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from tmpq_exp.config import QuantConfig
 from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import Allocation, Candidate
+from tmpq_exp.quant.compiling import compiled
 from tmpq_exp.quant.layers import (
+    FLOAT,
     LayerSetting,
     Observer,
     QuantAttentionProducts,
@@ -22,6 +25,7 @@ from tmpq_exp.quant.layers import (
     QuantLayer,
     QuantLinear,
     WeightCache,
+    WeightedLayer,
     layers_at,
 )
 from tmpq_exp.quant.quantizer import Quantizer
@@ -68,6 +72,7 @@ class Supernet(nn.Module):
         self.winograd: dict[int, tuple[WinogradSpec, NetworkMatrices]] = {}
         choices = zip(layers, weight_choices, act_choices, strict=True)
         self._layers = [self._replace(shape, weights, acts) for shape, weights, acts in choices]
+        self._runs_compiled = False
         self.to(next(network.parameters()).device)
 
     def _replace(self, shape: LayerShape, weight_choices: Sequence[int], act_choices: Sequence[int]) -> QuantLayer:
@@ -110,6 +115,12 @@ class Supernet(nn.Module):
         self.quantizers_changed()
         return self
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether subnets that can be are compiled, where the network lies at present."""
+        wanted = self.config.compile
+        return next(self.network.parameters()).is_cuda if wanted is None else wanted
+
     def set_winograd(self, tiles: Mapping[int, tuple[WinogradSpec, WinogradScales | ScaleSet]]) -> None:
         """Let eligible convolutions take these tiles, with these specifications and scales."""
         device = next(self.network.parameters()).device
@@ -121,7 +132,7 @@ class Supernet(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the float network takes and returns."""
-        return self.network(*args, **kwargs)
+        return (self._compiled_network if self._runs_compiled else self.network)(*args, **kwargs)
 
     @contextmanager
     def subnet(self, allocation: Allocation) -> Iterator[None]:
@@ -138,8 +149,37 @@ class Supernet(nn.Module):
         ]
         for layer, setting in zip(self._layers, settings, strict=True):
             layer.check(setting)
-        with layers_at(self._layers, settings):
+        with layers_at(self._layers, settings), self._compiled(settings) if self.is_compiled else nullcontext():
             yield
+
+    @contextmanager
+    def _compiled(self, settings: Sequence[LayerSetting]) -> Iterator[None]:
+        """Run through the compiled network, if all is float or all layers can hold what they need, under the cap."""
+        pairs = list(zip(self._layers, settings, strict=True))
+        is_held = self._num_weight_bytes <= self.cache.max_bytes and all(layer.can_hold(to) for layer, to in pairs)
+        is_watched = any(layer.observer or layer.learning for layer in self._layers)
+        if is_watched or not (is_held or all(setting == FLOAT for setting in settings)):
+            yield
+            return
+        try:
+            if is_held:
+                for layer, setting in pairs:
+                    layer.hold(setting)
+            self._runs_compiled = True
+            yield
+        finally:
+            self._runs_compiled = False
+            for layer in self._layers:
+                layer.release()
+
+    @cached_property
+    def _num_weight_bytes(self) -> int:
+        """Bytes of all dequantized weights of one subnet."""
+        return sum(layer.float_layer.weight.nbytes for layer in self._layers if isinstance(layer, WeightedLayer))
+
+    @cached_property
+    def _compiled_network(self) -> Callable[..., Any]:
+        return compiled(self.network)
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
@@ -245,6 +285,11 @@ class SupernetModule(L.LightningModule):
         seams = find_seams(task.unet, task.probe) if config.split_shortcuts else {}
         self.supernet = Supernet(task.unet, layers, weight_choices, act_choices, config, seams)
         self._request: tuple[Candidate, Sequence[Sequence[int]], int] | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """See ``Supernet.is_compiled``."""
+        return self.supernet.is_compiled
 
     @torch.inference_mode()
     def images(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:

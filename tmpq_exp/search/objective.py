@@ -154,6 +154,7 @@ class Objective:
             "tf32": torch.backends.cudnn.allow_tf32 if is_cuda else None,
             "fidelity": Psnr().fingerprint()["library"],
             "device": module.device.type,
+            "compiled": module.is_compiled,
             "num_threads": None if is_cuda else torch.get_num_threads(),
         }
         self.fingerprint_parts = {"resize": "none", **common, **self.score.fingerprint(), "quality": measures_quality}
