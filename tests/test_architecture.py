@@ -113,6 +113,7 @@ ORDER = (
     "search.greedy",
     "search.nsga2",
     "search.evaluation",
+    "search.memory",
     "search.objective",
     "search.module",
     "model_card",

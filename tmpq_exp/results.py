@@ -174,6 +174,13 @@ def _warnings(experiment: Experiment, searched: Sequence[Trial], objective: Obje
     """What a reader of the figures must know."""
     config = experiment.config.winograd
     found = [f"candidate {trial.key} failed: {trial.error}" for trial in searched if trial.error is not None]
+    smaller = sum(trial.micro_batch is not None for trial in experiment.trials.trials)
+    if smaller:
+        found.append(
+            f"{smaller} evaluations ran at fewer images a forward than the others, because memory did not suffice "
+            "(trials.jsonl names them); their figures may differ in the last digits from those at "
+            f"{objective.protocol.micro_batch}"
+        )
     others = [trial for trial in experiment.trials.of_phase("search") if not objective.covers(trial)]
     if others:
         found.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, reduce
+from functools import cache, cached_property, partial, reduce
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.search.evaluation import Evaluation, Made
+from tmpq_exp.search.memory import with_less_memory
 from tmpq_exp.search.trials import Trial, TrialLog, finite_metrics
 from tmpq_exp.zoo.conditioning import Prompts
 
@@ -76,17 +77,26 @@ class Control:
     @cached_property
     def statistics(self) -> FeatureStatistics:
         """Of its own images, measured at first use."""
-        sums = FeatureSums(self.metric.network)
-        with StageBar("control images", len(self.protocol.micro_batches())) as bar:
-            for images in self._images(self.protocol):
-                sums.update(images)
-                bar.advance()
-        return sums.statistics()
+
+        def measure(micro_batch: int) -> FeatureStatistics:
+            protocol, sums = replace(self.protocol, micro_batch=micro_batch), FeatureSums(self.metric.network)
+            with StageBar("control images", len(protocol.micro_batches())) as bar:
+                for images in self._images(protocol):
+                    sums.update(images)
+                    bar.advance()
+            return sums.statistics()
+
+        return with_less_memory("control images", self.protocol.micro_batch, measure)[0]
 
     def under(self, protocol: Protocol) -> ControlledFrechet:
         """The metric of candidates under a protocol."""
         facts = {"schedule": self.candidate.key(), "images": self.protocol.num_images, "seed": self.protocol.seed}
-        found = cache(lambda: torch.cat([features_of(self.metric.network, x).cpu() for x in self._images(protocol)]))
+
+        def measure(micro_batch: int) -> Tensor:
+            images = self._images(replace(protocol, micro_batch=micro_batch))
+            return torch.cat([features_of(self.metric.network, some).cpu() for some in images])
+
+        found = cache(lambda: with_less_memory("control images", protocol.micro_batch, measure)[0])
         return ControlledFrechet(self.metric, lambda: self.statistics, found, facts)
 
     def _images(self, protocol: Protocol) -> Iterator[Tensor]:
@@ -100,6 +110,9 @@ PROXIES = ("psnr_db", "feature_mse")
 
 class Objective:
     """Scores candidates under one protocol, each at most once.
+
+    Where memory does not suffice, a candidate is measured again from its start at half the micro-batch, and its trial
+    says so; the next one starts at the protocol's again, so that a trial never depends on the ones before it.
 
     Every trial has ``psnr_db`` and, where the metric has a feature network, ``feature_mse``, both against the float
     reference's images of the same seeds, on the first ``paired_images``: they need few, and the reference has many
@@ -205,7 +218,9 @@ class Objective:
         self, candidate: Candidate, phase: str, name: str | None, generation: int | None, feed: Feed | None
     ) -> Trial:
         """Measure a candidate."""
-        metrics, intervals, problems = self._measure(candidate, feed)
+        what = f"evaluation of {candidate.key()}"
+        action = partial(self._measure, candidate, feed)
+        (metrics, intervals, problems), micro_batch = with_less_memory(what, self.protocol.micro_batch, action)
         judged = (self.score.name,) if self.measures_quality else PROXIES
         missing = {name: problems[name] for name in self.further_fingerprints if name in problems}
         return Trial(
@@ -227,14 +242,15 @@ class Objective:
             intervals=intervals,
             further=self.further_fingerprints or None,
             missing=missing or None,
+            micro_batch=None if micro_batch == self.protocol.micro_batch else micro_batch,
         )
 
     def _measure(
-        self, candidate: Candidate, feed: Feed | None
+        self, candidate: Candidate, feed: Feed | None, micro_batch: int
     ) -> tuple[dict[str, float], dict[str, list[float]] | None, dict[str, str]]:
         """Metrics, their intervals, and why a metric could not be had."""
         started = self._started()
-        metrics, problems = self._evaluated(candidate, started, feed).values()
+        metrics, problems = self._evaluated(candidate, started, micro_batch, feed).values()
         main = self.metric.name
         if not self.bootstrap or not self.measures_quality or main in problems:
             return metrics, None, problems
@@ -254,26 +270,31 @@ class Objective:
 
     def interval(self, candidate: Candidate, num_resamples: int) -> list[float] | None:
         """Bootstrap interval of a candidate's score over images, 95 %; None where there is none."""
-        measurement = self.score.start(resampled=True)
-        _, problems = self._evaluated(candidate, {self.score.name: measurement}).values()
-        interval = None if problems else measurement.interval(num_resamples, self.protocol.seed)
+
+        def measure(micro_batch: int) -> tuple[float, float] | None:
+            measurement = self.score.start(resampled=True)
+            _, problems = self._evaluated(candidate, {self.score.name: measurement}, micro_batch).values()
+            return None if problems else measurement.interval(num_resamples, self.protocol.seed)
+
+        interval, _ = with_less_memory(f"interval of {candidate.key()}", self.protocol.micro_batch, measure)
         return None if interval is None else list(interval)
 
     def _evaluated(
-        self, candidate: Candidate, started: Mapping[str, Measurement], feed: Feed | None = None
+        self, candidate: Candidate, started: Mapping[str, Measurement], micro_batch: int, feed: Feed | None = None
     ) -> Evaluation:
-        """Measurements that have taken all images of a candidate."""
+        """Measurements that have taken all images of a candidate, made at this micro-batch."""
+        protocol = replace(self.protocol, micro_batch=micro_batch)
         is_reference = candidate == self.reference_candidate
         conditions = self.module.task.conditions
         evaluation = Evaluation(
             started,
             self.protocol.num_images,
             self.protocol.paired().num_images,
-            None if is_reference else self._reference_made(),
+            None if is_reference else self._reference_made(micro_batch),
             conditions.of_images if isinstance(conditions, Prompts) else None,
             self._reference_memos,
         )
-        self._make(candidate, self.protocol, evaluation.take, feed)
+        self._make(candidate, protocol, evaluation.take, feed if protocol == self.protocol else None)
         if len(evaluation.own.images) == self.protocol.paired().num_images:
             self._reference = evaluation.own
         return evaluation
@@ -293,10 +314,10 @@ class Objective:
             else:
                 take(Made(self.module.images(candidate, indices, protocol.seed)))
 
-    def _reference_made(self) -> Made:
-        """The float reference's images of the first of these seeds."""
+    def _reference_made(self, micro_batch: int) -> Made:
+        """The float reference's images of the first of these seeds, made at this micro-batch if they are not there."""
         if self._reference is None:
-            parts, protocol = list[Made](), self.protocol.paired()
+            parts, protocol = list[Made](), replace(self.protocol.paired(), micro_batch=micro_batch)
             self._make(self.reference_candidate, protocol, parts.append)
             self._reference = reduce(Made.joined, parts)[: protocol.num_images]
         return self._reference

@@ -44,6 +44,8 @@ class Trial:
         source: Run directory whose trial this one repeats.
         further: Further metric -> its own fingerprint, where such were measured.
         missing: Further metric -> why it could not be had.
+        micro_batch: Images a forward it was measured at, where memory did not suffice for the protocol's; its figures
+            may differ from those at the protocol's in their last digits.
     """
 
     index: int
@@ -65,6 +67,7 @@ class Trial:
     source: str | None = None
     further: dict[str, str] | None = None
     missing: dict[str, str] | None = None
+    micro_batch: int | None = None
 
     def score(self, metric: str) -> float:
         """Value of a metric as a search minimises it: negated where higher is better; infinite for a failed trial."""
