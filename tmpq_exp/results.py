@@ -16,6 +16,7 @@ from tmpq_exp.experiment import Experiment, used_tiles, winograd_spec
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.report import SCHEMA
 from tmpq_exp.search.algorithm import Search
+from tmpq_exp.search.memory import images_with_less_memory
 from tmpq_exp.search.objective import Objective, label
 from tmpq_exp.search.trials import Trial
 from tmpq_exp.seeding import stream_seed
@@ -242,7 +243,7 @@ def sample_rows(experiment: Experiment, shipped: Shipped, seed: int) -> list[tup
         rows.append(("tiles by rule", experiment.tile_rule, experiment.module))
     rows.append(("best found", shipped.candidate, shipped.module))
     indices = range(min(SAMPLE_COLUMNS, config.evaluation.num_images))
-    return [(label, module.images(candidate, indices, seed).cpu()) for label, candidate, module in rows]
+    return [(label, images_with_less_memory(module, candidate, indices, seed)) for label, candidate, module in rows]
 
 
 def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:

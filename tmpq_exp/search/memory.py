@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
 from tmpq_exp.config import UserError
+from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.quant.supernet import SupernetModule
 
 Result = TypeVar("Result")
 
@@ -51,3 +53,13 @@ def with_less_memory(what: str, micro_batch: int, action: Callable[[int], Result
         f"{what}: out of memory even at one image a forward; all evaluations before it are recorded. Free memory "
         "(other processes, quant.cache_max_bytes) and start again with the same hydra.run.dir"
     )
+
+
+def images_with_less_memory(module: SupernetModule, candidate: Candidate, indices: range, seed: int) -> torch.Tensor:
+    """Images of a candidate, ``(N, C, H, W)`` on the CPU: in one forward, or as many as memory asks for."""
+
+    def make(micro_batch: int) -> torch.Tensor:
+        parts = [indices[start : start + micro_batch] for start in range(0, len(indices), micro_batch)]
+        return torch.cat([module.images(candidate, part, seed).cpu() for part in parts])
+
+    return with_less_memory(f"images of {candidate.key()}", len(indices), make)[0]
