@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tmpq_exp.config import UserError, register_schema
 from tmpq_exp.jobs import conf_dir, run_job
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
+from tmpq_exp.zoo.weights import read_tensors
 
 COUNTS = (10, pytest.param(20, marks=pytest.mark.slow), pytest.param(21, marks=pytest.mark.slow))
 
@@ -56,7 +58,9 @@ def assert_same_end(directory: Path, whole: Path) -> None:
     assert result_of(directory) == result_of(whole)
     names = [sorted(path.name for path in place.iterdir()) for place in (directory, whole)]
     assert names[0] == names[1], "nothing is left over, nothing is missing"
-    assert (directory / "recipe.safetensors").read_bytes() == (whole / "recipe.safetensors").read_bytes()
+    states = [read_tensors(place / "recipe.safetensors", "recipe")[0] for place in (directory, whole)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def run_here(directory: Path, *overrides: str) -> None:
@@ -132,24 +136,14 @@ def limit_files_to(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
-def at_3_kb() -> None:
-    limit_files_to(3_000)
-
-
-def at_20_kb() -> None:
-    limit_files_to(20_000)
-
-
-def at_200_kb() -> None:
-    limit_files_to(200_000)
-
-
 @pytest.mark.slow
 def test_a_disk_that_is_full_again_and_again_loses_nothing(whole: tuple[Path, float], tmp_path: Path) -> None:
     directory = tmp_path / "full"
     undisturbed = trials_of(whole[0])
-    for prepare in (at_3_kb, at_20_kb, at_200_kb):
-        output = killing.finish(killing.start(directory, prepare=prepare), directory, status=2)
+    stops = ("config.yaml", "trials.jsonl", "recipe.json", "supernet.safetensors", "report.html")
+    for size in sorted((whole[0] / name).stat().st_size for name in stops):
+        process = killing.start(directory, prepare=partial(limit_files_to, size - 100))
+        output = killing.finish(process, directory, status=2)
         assert "File too large" in output
         assert "Make room and start again with the same hydra.run.dir" in output
         assert undisturbed.startswith(trials_of(directory))
@@ -213,15 +207,15 @@ def test_a_directory_that_cannot_be_written_is_said(is_started: bool, copy: Path
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
-DAMAGED = ("config.yaml", "environment.json", "stages.json", "supernet.safetensors", "winograd_scales.json")
+DAMAGED = ("config.yaml", "environment.json", "stages.json", "supernet.safetensors")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["recipe.json", "recipe.safetensors", "report.json", "report.html", "model_card.md"])
 @pytest.mark.parametrize("content", [b"", b"\0" * 500])
-def test_a_damaged_result_is_made_again(name: str, content: bytes, whole: tuple[Path, float], tmp_path: Path) -> None:
+def test_damaged_results_are_made_again(content: bytes, whole: tuple[Path, float], tmp_path: Path) -> None:
     directory = shutil.copytree(whole[0], tmp_path / "copy")
-    (directory / name).write_bytes(content)
+    for name in ("recipe.json", "recipe.safetensors", "report.json", "report.html", "model_card.md", "pareto.png"):
+        (directory / name).write_bytes(content)
     run_here(directory)
     assert_same_end(directory, whole[0])
 
@@ -231,15 +225,11 @@ def test_a_damaged_result_is_made_again(name: str, content: bytes, whole: tuple[
 @pytest.mark.parametrize("content", [b"", b"\0" * 500, None])
 def test_a_damaged_file_that_a_run_reads_is_named(name: str, content: bytes | None, copy: Path) -> None:
     path = copy / name
-    if not path.exists():
-        pytest.skip(f"a tiny run has no {name}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
     before = trials_of(copy)
-    try:
+    with pytest.raises(UserError, match=re.escape(str(copy))):
         run_here(copy)
-    except UserError as error:
-        assert str(path) in str(error)  # noqa: PT017  either is right: it says so, or it can do without
-        assert trials_of(copy) == before
+    assert trials_of(copy) == before
 
 
 def test_one_candidate_too_large_and_one_that_breaks_down_are_said_and_the_search_goes_on(
