@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all bench lint audit clean
 
 help:
 	@echo "make demo      install, then search the embedded digits model (about 4 minutes on two cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  everything that make test leaves out as well: slow and, where there is one, GPU tests"
 	@echo "make bench     ratios of the supernet and of Winograd convolutions to float, in one process"
 	@echo "make lint      ruff and mypy"
+	@echo "make audit     known vulnerabilities of what is installed; asks an advisory service on the internet"
 	@echo "make clean     remove .venv"
 
 $(BIN)/python:
@@ -42,6 +43,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(VENV)/.installed-dev
+	$(BIN)/pip-audit --skip-editable
 
 clean:
 	rm -rf $(VENV)

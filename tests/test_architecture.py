@@ -16,6 +16,7 @@ PACKAGE = Path(tmpq_exp.__file__).parent
 ORDER = (
     # (0) what every layer may use
     "files",
+    "plain_data",
     "locks",
     "seeding",
     "progress",

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tmpq_exp import locks
 from tmpq_exp.config.identity import digest, lasting
 from tmpq_exp.files import replace_file
+from tmpq_exp.plain_data import parse_json_object
 
 RECORD_NAME, LOCK_NAME = "job.json", ".lock"
 
@@ -84,9 +85,9 @@ def write_record(directory: Path, record: JobRecord) -> None:
 def read_record(directory: Path) -> JobRecord | None:
     """The record of a directory; None if there is none or it is damaged, which only costs its knowledge of the job."""
     try:
-        content = json.loads((directory / RECORD_NAME).read_text(encoding="utf-8"))
+        content = parse_json_object((directory / RECORD_NAME).read_bytes())
         return JobRecord(**{entry.name: content[entry.name] for entry in fields(JobRecord)})
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

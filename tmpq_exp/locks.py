@@ -103,7 +103,7 @@ def is_held(path: Path) -> bool:
 
 
 def _read_owner(path: Path) -> Owner | None:
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         owner = Owner(**json.loads(path.read_text(encoding="utf-8")))
         if isinstance(owner.host, str) and isinstance(owner.pid, int) and isinstance(owner.since, str):
             return owner

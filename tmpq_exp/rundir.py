@@ -22,12 +22,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from yaml import YAMLError
 
 from tmpq_exp import locks
 from tmpq_exp.config import UserError
 from tmpq_exp.config.identity import digest, flatten, lasting
 from tmpq_exp.files import replace_file
+from tmpq_exp.plain_data import parse_json_object, read_yaml_mapping
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -193,12 +193,9 @@ def _read_object(path: Path) -> dict[str, Any]:
         ValueError: If the file holds none; it is named.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json_object(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged (it holds no JSON object)")
-    return value
 
 
 def _lock(run: RunDirectory) -> None:
@@ -232,13 +229,9 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _refuse_other_config(path: Path, config: Mapping[str, Any]) -> None:
-    try:
-        before = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"hydra.run.dir: {path} is no YAML ({error})") from error
-    if not isinstance(before, dict):
-        raise UserError(f"hydra.run.dir: {path} holds no configuration of this program")
-    old, new = (flatten(lasting(c)) for c in ({str(key): value for key, value in before.items()}, config))
+    with bad_input():
+        before = read_yaml_mapping(path)
+    old, new = (flatten(lasting(c)) for c in (before, config))
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if differing:
         shown = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing[:5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,13 @@ def _swept_job(directory: Path, record: JobRecord | None, label: str) -> SweptJo
     if record is None:
         what = f"{RECORD_NAME} is damaged; start the sweep again with the same hydra.sweep.dir"
         return SweptJob(directory, None, label, JobState.STOPPED, None, what, None, None)
-    state, cause, report = state_now(directory, record), record.cause, None
-    if state is JobState.FINISHED and (directory / "config.yaml").exists():  # not every task leaves a run directory
-        try:
-            report = read_run(directory).report
-        except UserError as error:
-            cause = str(error)
-    return SweptJob(directory, record.number, label, state, record.exit_status, cause, record.seconds, report)
+    state, cause = state_now(directory, record), record.cause
+    job = SweptJob(directory, record.number, label, state, record.exit_status, cause, record.seconds, None)
+    if state is not JobState.FINISHED or not (directory / "config.yaml").exists():
+        return job  # not every task leaves a run directory
+    try:
+        found = replace(job, report=read_run(directory).report)
+        return found if found.result else job
+    except (UserError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
+        what = str(error) if isinstance(error, UserError) else f"report.json is damaged ({error!r})"
+        return replace(job, cause=what)
