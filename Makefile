@@ -45,6 +45,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 audit: $(VENV)/.installed-dev
+	$(PIP) install --quiet "pip-audit>=2.7,<3"
 	$(BIN)/pip-audit --skip-editable
 
 clean:

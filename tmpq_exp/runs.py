@@ -121,6 +121,6 @@ def _read_report(path: Path, kind: str) -> Mapping[str, Any]:
     try:
         report = parse_json_object(path.read_bytes())
         (validate_classification if kind == "classify" else validate_report)(report)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
+    except (ValueError, OSError, TypeError, AttributeError, LookupError) as error:
         raise UserError(f"runs: {path} is no report of this version ({error})") from error
     return report
