@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-all bench lint audit clean
+.PHONY: help demo test test-all bench lint docs audit clean
 
 help:
 	@echo "make demo      install, then search the embedded digits model (about 4 minutes on two cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench     ratios of the supernet and of Winograd convolutions to float, in one process"
 	@echo "make lint      ruff and mypy"
 	@echo "make audit     known vulnerabilities of what is installed; asks an advisory service on the internet"
+	@echo "make docs      the pages of docs/ and the public API as docs/_build/index.html; a warning is an error"
 	@echo "make clean     remove .venv"
 
 $(BIN)/python:
@@ -25,6 +26,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --editable ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --editable ".[docs]"
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed
@@ -48,5 +53,9 @@ audit: $(VENV)/.installed-dev
 	$(PIP) install --quiet "pip-audit>=2.7,<3"
 	$(BIN)/pip-audit --skip-editable
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build
+	@echo docs/_build/index.html
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build

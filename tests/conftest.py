@@ -1,4 +1,4 @@
-"""What all tests share: warnings that Lightning is known to give, and the shared data folder."""
+"""What all tests share: warnings that Lightning is known to give, the shared data folder, and a random InceptionV3."""
 
 from __future__ import annotations
 
@@ -36,3 +36,25 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A working directory that is thrown away, so that what a test writes by a relative path never stays."""
     with contextlib.chdir(tmp_path_factory.mktemp("working")):
         yield
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random InceptionV3 weights in a file that both libraries read; activations keep their size."""
+    import torch
+    from pytorch_fid import inception
+    from torch import nn
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
+        network = inception.fid_inception_v3()
+    generator = torch.Generator().manual_seed(0)
+    for name, value in network.state_dict().items():
+        if name.endswith("conv.weight"):
+            nn.init.kaiming_normal_(value, generator=generator)
+        elif name.endswith(("bn.bias", "running_mean")):
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return path

@@ -41,6 +41,11 @@ def conf_dir() -> Path:
 def run_job(composed: DictConfig) -> None:
     """One job of Hydra: the door through which a configuration enters."""
     config = to_config(composed)
+    if config.wants_stand_in:
+        from tmpq_exp.smoke import with_stand_in
+
+        composed = with_stand_in(composed)
+        config = to_config(composed)
     resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     import torch  # after the checks, so that a typo fails at once
 

@@ -177,6 +177,8 @@ _FILES = {
     "wandb": "wandb",
     "comparison_html": "comparison.html",
     "comparison_csv": "comparison.csv",
+    "table_markdown": "table.md",
+    "table_latex": "table.tex",
     "forecast": "forecast.json",
     "weights": "model.safetensors",
     "reference": "reference.safetensors",

@@ -74,8 +74,8 @@ def _last_checkpoint(path: Path) -> Path | None:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged or hostile file makes of the reader
         raise UserError(
-            f"{path} is damaged or holds more than a checkpoint ({type(error).__name__}); only tensors and plain values "
-            "are read and nothing is unpickled. Remove it to train from the beginning"
+            f"{path} is damaged or holds more than a checkpoint ({type(error).__name__}); only tensors and plain "
+            "values are read and nothing is unpickled. Remove it to train from the beginning"
         ) from error
     return path
 

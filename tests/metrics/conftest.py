@@ -4,29 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image
-from pytorch_fid import inception
 from torch import Tensor, nn
-
-
-@pytest.fixture(scope="session")
-def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random InceptionV3 weights in a file that both libraries read; activations keep their size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
-        network = inception.fid_inception_v3()
-    generator = torch.Generator().manual_seed(0)
-    for name, value in network.state_dict().items():
-        if name.endswith("conv.weight"):
-            nn.init.kaiming_normal_(value, generator=generator)
-        elif name.endswith(("bn.bias", "running_mean")):
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(network.state_dict(), path)
-    return path
 
 
 def natural_images(count: int, size: int, seed: int, channels: int = 3) -> Tensor:

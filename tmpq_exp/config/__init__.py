@@ -1,6 +1,7 @@
 """Schema of the whole configuration and every range check that needs no network; imports no torch."""
 
 from tmpq_exp.config.checks import MAX_BITS, MIN_BITS, UserError
+from tmpq_exp.config.paper import STAND_INS, PaperConfig, PublishedFigure
 from tmpq_exp.config.quantization import CalibrationConfig, Granularity, QuantConfig, QuantizerConfig
 from tmpq_exp.config.root import Config, LoggerConfig, PathsConfig, SweepConfig, register_schema, to_config
 from tmpq_exp.config.search import BudgetConfig, CostConfig, EvaluationConfig, ObjectiveConfig, SpaceConfig
@@ -17,6 +18,7 @@ __all__ = [
     "MAX_BITS",
     "MIN_BITS",
     "SCALES",
+    "STAND_INS",
     "BudgetConfig",
     "CalibrationConfig",
     "ClassificationConfig",
@@ -26,7 +28,9 @@ __all__ = [
     "Granularity",
     "LoggerConfig",
     "ObjectiveConfig",
+    "PaperConfig",
     "PathsConfig",
+    "PublishedFigure",
     "QuantConfig",
     "QuantizerConfig",
     "SpaceConfig",

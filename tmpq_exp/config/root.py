@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from tmpq_exp.config.checks import UserError, check_at_least
+from tmpq_exp.config.paper import STAND_INS, PaperConfig
 from tmpq_exp.config.quantization import CalibrationConfig, Granularity, QuantConfig
 from tmpq_exp.config.search import BudgetConfig, CostConfig, EvaluationConfig, ObjectiveConfig, SpaceConfig
 from tmpq_exp.config.winograd import ClassificationConfig, WinogradConfig
@@ -64,12 +65,22 @@ class PathsConfig:
     Args:
         output_dir: Root of run directories.
         cache_dir: Where calibration states are kept for other runs.
+        reference_dir: Where presets look for reference statistics and prompts.
         run_dir: This run's directory; set from Hydra.
     """
 
     output_dir: str = "outputs"
     cache_dir: str = "outputs/.cache"
+    reference_dir: str = "references"
     run_dir: str = MISSING
+
+
+_TASKS_WITH_WEIGHTS = (
+    "tmpq_exp.pipeline.run",
+    "tmpq_exp.forecast.forecast",
+    "tmpq_exp.states.make_states",
+    "tmpq_exp.classify.classify",
+)
 
 
 @dataclass
@@ -78,8 +89,11 @@ class Config:
 
     Args:
         task: What to do, a partial ``_target_``: ``run``, ``forecast``, ``report``, ``log``, ``train``, ``states``,
-            ``classify`` or ``cost``.
+            ``table``, ``classify`` or ``cost``.
         tier: ``full`` or ``smoke``; only its name is kept.
+        stand_in: Under ``tier=smoke``, the family of the small model with random weights that runs in the place of one
+            that is not given; null: none.
+        paper: The row of a paper that a preset reproduces; null in all other jobs.
         executor: Who scores candidates: ``local``.
         model: The float model, a ``_target_``.
         data: Images for training, or test images of a classifier, a ``_target_``.
@@ -88,7 +102,8 @@ class Config:
         metrics: Metrics by name, each a ``_target_``; ``evaluation`` chooses among them.
         reuse: Run directories whose evaluations are taken over where protocol and quantizers are the same, as they
             are when only the budget or the search differ.
-        runs: Run directories, or directories of sweeps, that ``task=report`` compares and ``task=log`` logs again.
+        runs: Run directories, or directories of sweeps, that ``task=report`` and ``task=table`` compare and
+            ``task=log`` logs again.
         seed: Seed of every random stream, at least 0.
         search_seed: Seed of what the search draws and of the images it scores; null: as ``seed``. Runs that differ in
             it alone share calibration, selection and final images.
@@ -97,6 +112,8 @@ class Config:
 
     task: Any = MISSING
     tier: str = "full"
+    stand_in: str | None = None
+    paper: PaperConfig | None = None
     executor: str = "local"
     model: Any = MISSING
     data: Any = MISSING
@@ -128,6 +145,8 @@ class Config:
                 "evaluation.recalibrate: calibration=ranges finds the same ranges again; choose calibration=sampled "
                 "or calibration=uniform_prefix"
             )
+        if self.stand_in is not None and self.stand_in not in STAND_INS:
+            raise UserError(f"stand_in must be null or one of {', '.join(STAND_INS)}, found {self.stand_in!r}")
         check_at_least("seed", self.seed, 0)
         if self.search_seed is not None:
             check_at_least("search_seed", self.search_seed, 0)
@@ -139,6 +158,13 @@ class Config:
         self._check_metrics()
         if self.cost.scale == "release" and self.winograd.tile != 0:
             raise UserError(f"winograd.tile must be 0 under cost.scale=release, found {self.winograd.tile}")
+
+    @property
+    def wants_stand_in(self) -> bool:
+        """Whether this job runs the stand-in: a smoke tier of a task that needs weights, and none are given."""
+        given = self.model.get("path") or self.model.get("checkpoint")
+        needed = str(self.task["_target_"]) in _TASKS_WITH_WEIGHTS and not given
+        return self.tier == "smoke" and self.stand_in is not None and needed
 
     def metric_node(self, chosen: Any) -> Any:
         """The ``_target_`` of a metric that is given by name, or itself."""

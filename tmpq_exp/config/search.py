@@ -161,7 +161,7 @@ class EvaluationConfig:
     Args:
         metric: The quality metric that is searched by: a name in ``metrics``, or a ``_target_`` of its own.
         further: Metrics that are reported beside it for the baselines and the winner, on the final images; names or
-            ``_target_``s.
+            nodes with ``_target_``.
         reference: Images that distances compare with: a folder, an ``.npz`` of statistics, or safetensors of a training
             run; null: the metric's own, where it has one.
         num_images: Images for the baselines and the winner, at least 2.

@@ -279,7 +279,7 @@ def standard_scales(transform: Transform) -> WinogradScales:
 
 
 def closed_form_scales(transform: Transform) -> WinogradScales:
-    """Unit rows: S_B = 1/|row of V_n^(-T)|, S_G = 1/|row of V_r|.
+    """Unit rows: ``S_B = 1/|row of V_n^(-T)|``, ``S_G = 1/|row of V_r|``.
 
     White input and white weights then give every tap of the Hadamard product the same variance, so that a scale
     shared by all taps wastes no integers. Differs from the paper, which has learned scales only.
@@ -330,7 +330,7 @@ def multiplications_ratio(height: int, width: int, m: int, r: int = 3) -> float:
 
 
 def noise_gain(transform: Transform) -> float:
-    """Noise gain kappa = sum_i |a_i|^2 |b_i|^2 |g_i|^2 / (m r) of the rows of V_m, V_n^(-T) and V_r.
+    """Noise gain ``kappa = sum_i |a_i|^2 |b_i|^2 |g_i|^2 / (m r)`` of the rows of V_m, V_n^(-T) and V_r.
 
     White noise of equal relative power on every tap is amplified by kappa in one dimension and kappa**2 in two
     (20 log10 kappa dB). It depends on the points alone: the scales cancel.
