@@ -59,6 +59,12 @@ def start(directory: Path, *overrides: str, **environment: str) -> subprocess.Po
     )
 
 
+def num_trials(directory: Path) -> int:
+    """Whole lines of a run's trials so far."""
+    path = directory / "trials.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def sorted_trials(directory: Path) -> list[dict[str, Any]]:
     """Records of a run's trials without their line numbers, in an order of their own."""
     records = [json.loads(line) for line in (directory / "trials.jsonl").read_text().splitlines()]

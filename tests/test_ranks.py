@@ -19,7 +19,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from tests.running import TINY, run_here, start
+from tests.running import TINY, num_trials, run_here, start
 from tmpq_exp.__main__ import conf_dir
 from tmpq_exp.calibrating import calibrate
 from tmpq_exp.config import UserError, from_plain, register_schema
@@ -48,11 +48,6 @@ def finish(process: subprocess.Popen[str], *statuses: int) -> str:
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode in (statuses or (0,)), output
     return output
-
-
-def num_trials(directory: Path) -> int:
-    path = directory / "trials.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
