@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-all bench lint docs clean
+.PHONY: help demo test test-all bench lint docs audit clean
 
 help:
 	@echo "make demo      install, then search the embedded digits model (about 4 minutes on two cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  everything that make test leaves out as well: slow and, where there is one, GPU tests"
 	@echo "make bench     ratios of the supernet and of Winograd convolutions to float, in one process"
 	@echo "make lint      ruff and mypy"
+	@echo "make audit     known vulnerabilities of what is installed; asks an advisory service on the internet"
 	@echo "make docs      the pages of docs/ and the public API as docs/_build/index.html; a warning is an error"
 	@echo "make clean     remove .venv"
 
@@ -47,6 +48,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(VENV)/.installed-dev
+	$(PIP) install --quiet "pip-audit>=2.7,<3"
+	$(BIN)/pip-audit --skip-editable
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build

@@ -16,11 +16,14 @@ PACKAGE = Path(tmpq_exp.__file__).parent
 ORDER = (
     # (0) what every layer may use
     "files",
+    "plain_data",
+    "locks",
     "seeding",
     "progress",
     # (1) what a candidate is, configuration, exact algebra, timestep sequences, pure functions
     "quant",
     "quant.allocation",
+    "config.identity",
     "config.checks",
     "config.quantization",
     "config.winograd",
@@ -29,6 +32,7 @@ ORDER = (
     "config.root",
     "config",
     "overrides",
+    "job_record",
     "quant.primitives",
     "winograd",
     "winograd.transform",
@@ -117,6 +121,7 @@ ORDER = (
     "search.greedy",
     "search.nsga2",
     "search.evaluation",
+    "search.memory",
     "search.protocol",
     "search.objective",
     "search.executor",
@@ -136,6 +141,7 @@ ORDER = (
     "report.classification_page",
     "report.comparison",
     "report.comparison_page",
+    "report.sweep_page",
     "report.paper_table",
     "runs",
     "tracking.tracker",
@@ -168,9 +174,12 @@ ORDER = (
     "classify",
     "relog",
     "compare",
+    "sweep",
     "tabulate",
     # (6) the doors: the package's public names, and the command line
     "",
+    "sweep_end",
+    "jobs",
     "__main__",
 )
 """From low to high; a package stands where its ``__init__`` belongs, ``""`` is ``tmpq_exp`` itself."""

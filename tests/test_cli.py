@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 
 import tmpq_exp
 from tmpq_exp import __main__ as command_line
+from tmpq_exp import jobs, sweep_end
 from tmpq_exp.__main__ import conf_dir, report_failure
 from tmpq_exp.config import UserError, register_schema
+from tmpq_exp.job_record import job_name
 
 ROOT = Path(tmpq_exp.__file__).parent.parent
 WEIGHTS = Path(tmpq_exp.__file__).parent / "zoo"
@@ -88,6 +90,7 @@ class TestRefusedAtTheDoor:
         (tmp_path / "taken").touch()
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["tmpq-exp", *arguments])
+        monkeypatch.setattr(sweep_end, "_directories", [])
         GlobalHydra.instance().clear()
         with pytest.raises(SystemExit) as caught:
             command_line.main()
@@ -243,7 +246,7 @@ class TestWhatNobodyForesaw:
                 raise error
 
             monkeypatch.chdir(tmp_path)
-            monkeypatch.setattr(command_line, "run_job", fail)
+            monkeypatch.setattr(jobs, "run_job", fail)
             monkeypatch.setattr(sys, "argv", ["tmpq-exp", "hydra.run.dir=run"])
             GlobalHydra.instance().clear()
             with pytest.raises(SystemExit) as caught:
@@ -318,10 +321,10 @@ def test_installed_package_runs_from_anywhere(tmp_path: Path) -> None:
 def test_a_sweep_leaves_one_directory_a_job(tmp_path: Path) -> None:
     done = tmpq(tmp_path, "--multirun", *SMOKE, "winograd=none,f2,f4,f6", "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
-    reports = sorted((tmp_path / "sweep").glob("*/report.json"))
-    assert [path.parent.name.split("_")[0] for path in reports] == ["0", "1", "2", "3"]
+    reports = sorted((tmp_path / "sweep").glob("*/report.json"), key=lambda path: job_name(path.parent))
+    assert [job_name(path.parent).split("_")[0] for path in reports] == ["0", "1", "2", "3"]
     for path, option in zip(reports, ("none", "f2", "f4", "f6"), strict=True):
-        assert f"winograd={option}" in path.parent.name
+        assert f"winograd={option}" in job_name(path.parent)
         report = json.loads(path.read_text(encoding="utf-8"))
         assert report["best"]["bitops"] > 0
         assert report["environment"]["sweep"] == "sweep", "jobs of a sweep know whose they are"
@@ -334,13 +337,12 @@ def test_a_sweep_leaves_one_directory_a_job(tmp_path: Path) -> None:
 def test_a_failing_job_does_not_stop_the_sweep(tmp_path: Path) -> None:
     done = tmpq(tmp_path, "--multirun", "seed=-1,-2", "hydra.sweep.dir=sweep")
     assert done.returncode == 2
-    lines = done.stderr.splitlines()
-    assert [line for line in lines if line.startswith("tmpq-exp: ")] == [
+    assert done.stderr.splitlines() == [
         "tmpq-exp: job 0 (seed=-1): seed must be at least 0, found -1",
         "tmpq-exp: job 1 (seed=-2): seed must be at least 0, found -2",
-        "tmpq-exp: a job of the sweep failed; the reason is above",
+        "tmpq-exp: 2 failed; the same command with hydra.sweep.dir=sweep sweep.retry_failed=true goes on, and runs no "
+        "finished job again",
     ]
-    assert "Traceback" not in done.stderr
 
 
 def test_options_of_the_users_own_folder_count(tmp_path: Path) -> None:

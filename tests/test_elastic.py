@@ -159,9 +159,9 @@ def test_a_run_on_workers_that_are_killed_ends_as_one_without_them(tmp_path: Pat
 def test_killing_workers_for_a_minute_loses_nothing(tmp_path: Path) -> None:
     many = [setting for setting in TINY if not setting.startswith("search.")]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    run_here(alone, *many, "search.num_generations=20")
+    run_here(alone, *many, "search.num_generations=10")
     with killing("RayWorker", 4, shared, seed=1) as killed:
-        run_here(shared, *many, "search.num_generations=20", "executor=ray")
+        run_here(shared, *many, "search.num_generations=10", "executor=ray")
     assert sorted_trials(shared) == sorted_trials(alone)
     indices = [json.loads(line)["index"] for line in (shared / "trials.jsonl").read_text().splitlines()]
     assert indices == list(range(len(indices)))

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from tmpq_exp.config import UserError
+from tmpq_exp.config.identity import digest, flatten
 from tmpq_exp.files import replace_file
-from tmpq_exp.rundir import RunDirectory, bad_input, digest, flatten, git_commit, write_json, writing
+from tmpq_exp.rundir import RunDirectory, bad_input, git_commit, write_json, writing
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -28,7 +29,7 @@ CONFIG: dict[str, Any] = {
 
 def test_a_new_directory_is_made_with_its_configuration_and_environment(tmp_path: Path) -> None:
     run = RunDirectory.claim(tmp_path / "a" / "b", CONFIG)
-    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "environment.json"]
+    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "config.yaml", "environment.json"]
     assert "weight_bits" in run.config.read_text()
     assert run.trials == run.path / "trials.jsonl"
     with pytest.raises(AttributeError, match="no_such_file"):
@@ -97,7 +98,7 @@ def test_what_a_kill_left_of_a_write_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".supernet.safetensors.77.tmp").write_text("half")
     (tmp_path / ".mine.tmp").write_text("mine")
     RunDirectory.claim(tmp_path, CONFIG)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "environment.json", ".mine.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.yaml", "environment.json", ".mine.tmp"}
     assert run.config.exists()
 
 
@@ -213,7 +214,10 @@ def test_a_directory_in_use_by_another_process_is_refused(tmp_path: Path) -> Non
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"claimed\n"
-        with pytest.raises(UserError, match="in use by another process"):
+        with pytest.raises(
+            UserError,
+            match=rf"in use by another process \(process {other.pid} on .* since .*\); wait for it or stop it",
+        ):
             RunDirectory.claim(tmp_path / "run", {"a": 1})
         other.kill()
         other.wait()

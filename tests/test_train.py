@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -16,6 +18,7 @@ from tmpq_exp.train import train
 from tmpq_exp.zoo.clip import DigitsCLIP
 from tmpq_exp.zoo.digits import DigitsClassifier, DigitsDDPM
 from tmpq_exp.zoo.text_to_image import DigitsTextToImage
+from tmpq_exp.zoo.training import ClassifierTraining
 
 
 def run(directory: Path, *overrides: str) -> None:
@@ -60,6 +63,46 @@ def test_a_diffusion_model_is_assessed_with_its_averaged_weights(tmp_path: Path)
     card = (tmp_path / "model_card.md").read_text()
     assert "noise MSE of the averaged weights" in card
     assert "fd_digits, 8 images, DDIM, 3 quadratic steps" in card
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_stopped_training_goes_on_from_its_last_checkpoint_unless_that_is_hostile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tmpq_exp.train.CHECKPOINT_EVERY_STEPS", 10)
+    overrides = ("model=digits_classifier", "data=digits_holdout", "model.recipe.num_steps=30")
+    steps, step = list[int](), ClassifierTraining.training_step
+
+    def stopping(self: Any, *arguments: Any) -> Any:
+        steps.append(self.global_step)
+        if len(steps) == 15:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(ClassifierTraining, "training_step", stopping)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(tmp_path, *overrides)
+    last, trace = tmp_path / "last.ckpt", tmp_path / "trace"
+    whole = last.read_bytes()
+    for damaged in (pickle.dumps(Trap(trace)), whole[:1000], b""):
+        last.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"last\.ckpt is damaged .*Remove it to train from the beginning"):
+            run(tmp_path, *overrides)
+    assert not trace.exists()
+    last.write_bytes(whole)
+    run(tmp_path, *overrides)
+    assert steps[15:] == list(range(10, 30)), "only tensors and plain values are in a checkpoint, and they suffice"
+    DigitsClassifier(str(tmp_path / "model.safetensors")).load()
+
+
+class Trap:
+    """Unpickled, it leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
 
 
 def test_without_the_network_of_its_metric_a_model_is_trained_all_the_same(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tmpq_exp.config import CalibrationConfig
+from tmpq_exp.config.identity import digest
 from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.activations import ActivationStore
 from tmpq_exp.quant.allocation import Candidate
@@ -14,7 +15,7 @@ from tmpq_exp.quant.calibration import CalibrationModule, UnitFiles
 from tmpq_exp.quant.states import CalibrationState, cached_states
 from tmpq_exp.quant.supernet import Supernet, SupernetModule
 from tmpq_exp.recipe import bit_choices
-from tmpq_exp.rundir import bad_input, digest
+from tmpq_exp.rundir import bad_input
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 RESULT_FREE = ("states", "max_cache_bytes")

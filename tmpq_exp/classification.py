@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 
 from tmpq_exp.choices import spec_of
 from tmpq_exp.config import Config, Granularity, UserError, VariantConfig, WinogradConfig
+from tmpq_exp.config.identity import digest
 from tmpq_exp.cost import ConvShape, CostModel, is_eligible
 from tmpq_exp.data import ImageFolderData
 from tmpq_exp.metrics.accuracy import count_correct
@@ -22,7 +23,7 @@ from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation
 from tmpq_exp.quant.layers import QuantConv2d
 from tmpq_exp.quant.primitives import sqnr_db
 from tmpq_exp.quant.supernet import Supernet
-from tmpq_exp.rundir import RunDirectory, bad_input, digest
+from tmpq_exp.rundir import RunDirectory, bad_input
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.trainers import single_device, stage_trainer
 from tmpq_exp.winograd.learning import learn_scales

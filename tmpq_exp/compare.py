@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +48,24 @@ def compare(config: Config, resolved: dict[str, Any]) -> None:
     if not groups:
         raise UserError(f"runs: none of the {len(runs)} runs is finished (no report.json); resume them first")
     path = Path(config.paths.run_dir)
-    with writing(path):
+    with writing(path), _damaged_reports():
+        tables = comparison_tables(runs)
         directory = RunDirectory.claim(path, resolved)
         comparison_html(directory.comparison_html, runs)
         write_comparison_csv(directory.comparison_csv, runs)
     console = Console()
     console.width = max(console.width, LEAST_WIDTH)
-    for table in comparison_tables(runs):
+    for table in tables:
         console.print(table)
     for message in filter(None, [mixed_message(groups)]):
         print(f"note: {message}", file=sys.stderr)
     print(f"report  {directory.comparison_html}\ncsv     {directory.comparison_csv}")
+
+
+@contextmanager
+def _damaged_reports() -> Iterator[None]:
+    """Reports have their keys, but anything may stand under them."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"runs: a report.json holds a value of another kind than it should ({error!r})") from error

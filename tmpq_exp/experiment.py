@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tmpq_exp.choices import examined_tiles, held_bits, search_space, used_tiles, winograd_spec, with_tile
 from tmpq_exp.config import Config, UserError
+from tmpq_exp.config.identity import digest
 from tmpq_exp.cost import CostModel, LayerShape
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
@@ -30,7 +31,7 @@ from tmpq_exp.metrics.frechet import FrechetMetric
 from tmpq_exp.metrics.metric import Metric, Place
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.quant.supernet import SupernetModule
-from tmpq_exp.rundir import RunDirectory, bad_input, digest
+from tmpq_exp.rundir import RunDirectory, bad_input
 from tmpq_exp.search.algorithm import Search
 from tmpq_exp.search.executor import Executor, LocalExecutor
 from tmpq_exp.search.objective import Objective

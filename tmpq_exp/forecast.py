@@ -25,6 +25,7 @@ from tmpq_exp.quant.reconstruction import bit_widths
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.recipe import bit_choices
 from tmpq_exp.rundir import RunDirectory, write_json, writing
+from tmpq_exp.search.memory import images_with_less_memory
 from tmpq_exp.search.trials import TrialLog
 from tmpq_exp.unet_calls import Calls, Tally, stage_calls
 from tmpq_exp.winograd.scales import ScaleSet
@@ -187,7 +188,7 @@ def _seconds(module: SupernetModule, candidate: Candidate, indices: range) -> fl
     taken = []
     for _ in range(1 + MEASURED_CALLS):
         start = time.perf_counter()
-        module.images(candidate, indices, 0).cpu()
+        images_with_less_memory(module, candidate, indices, 0)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:])
 

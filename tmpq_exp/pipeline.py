@@ -118,7 +118,7 @@ def _executing(experiment: Experiment, resolved: dict[str, Any], ranks: Ranks | 
 def _ship(experiment: Experiment, shipped: Shipped, trial: Trial) -> None:
     """Write the recipe, and make sure that it gives the winner's images back to the last bit."""
     directory, module = experiment.run, shipped.module
-    micro_batch = experiment.config.evaluation.micro_batch
+    micro_batch = trial.micro_batch or experiment.config.evaluation.micro_batch
     write_recipe(
         directory.recipe,
         directory.recipe_state,

@@ -10,7 +10,6 @@ is imported, evaluated or unpickled, and no file outside of its folder is read.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from tmpq_exp.config import QuantConfig, QuantizerConfig
 from tmpq_exp.files import replace_file
 from tmpq_exp.model_card import model_card
+from tmpq_exp.plain_data import parse_json
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
 from tmpq_exp.quant.packed import PackedState
 from tmpq_exp.quant.primitives import integer_range
@@ -175,12 +175,18 @@ def apply_recipe(
     recipe = _read(path)
     try:
         return _apply_packed(path, recipe) if recipe["packed"] is True else _apply(path, recipe, task, pipeline)
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _DAMAGES as error:
         raise ValueError(f"{path} is damaged: {error!r} while reading it") from error
     except ValueError as error:
         if str(path.parent) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
+
+
+_DAMAGES = (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
+"""What a recipe with odd values may make of the code that takes it."""
 
 
 def save_packed(model: CompressedModel, folder: str | Path) -> Path:
@@ -280,10 +286,14 @@ def _origin(path: Path, recipe: Mapping[str, Any], pipeline: str | None) -> Pipe
         found = pipeline or source["hub"]
         if found is None:
             raise ValueError(f"{path}: the recipe is for a pipeline ({recipe['model']}); give its folder: pipeline=...")
-        if pipeline is None and not is_hub_id(found):
-            raise ValueError(f"{path}: source.hub must be a hub id (owner/name) and no other path, found {found!r}")
+        if pipeline is None and (not is_hub_id(found) or Path(found).exists()):
+            raise ValueError(
+                f"{path}: source.hub must be a hub id (owner/name) and no path of this machine, found {found!r}; a "
+                "folder is given by pipeline=..."
+            )
         prompts = [""] if source["text"] else None  # callers of the pipeline bring their own
-        return PipelineModel(str(recipe["model"]), str(found), prompts=prompts, **source["settings"])
+        settings = {name: source["settings"][name] for name in PipelineModel.SETTINGS}
+        return PipelineModel(str(recipe["model"]), str(found), prompts=prompts, **settings)
     if recipe["model"] not in EMBEDDED_MODELS:
         raise ValueError(
             f"{path}: the recipe is for model {recipe['model']!r}, which is not embedded "
@@ -346,8 +356,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no recipe at {path}; a recipe.json that a run wrote was expected there")
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        recipe = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); a recipe.json that a run wrote was expected") from error
     keys = {
         "schema",

@@ -17,6 +17,7 @@ from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.report import SCHEMA
 from tmpq_exp.search.algorithm import Search
+from tmpq_exp.search.memory import images_with_less_memory
 from tmpq_exp.search.objective import Objective, label
 from tmpq_exp.search.trials import Trial
 from tmpq_exp.seeding import stream_seed
@@ -175,6 +176,13 @@ def _warnings(experiment: Experiment, searched: Sequence[Trial], objective: Obje
     """What a reader of the figures must know."""
     config = experiment.config.winograd
     found = [f"candidate {trial.key} failed: {trial.error}" for trial in searched if trial.error is not None]
+    smaller = sum(trial.micro_batch is not None for trial in experiment.trials.trials)
+    if smaller:
+        found.append(
+            f"{smaller} evaluations ran at fewer images a forward than the others, because memory did not suffice "
+            "(trials.jsonl names them); their figures may differ in the last digits from those at "
+            f"{objective.protocol.micro_batch}"
+        )
     others = [trial for trial in experiment.trials.of_phase("search") if not objective.covers(trial)]
     if others:
         found.append(
@@ -236,7 +244,7 @@ def sample_rows(experiment: Experiment, shipped: Shipped, seed: int) -> list[tup
         rows.append(("tiles by rule", experiment.tile_rule, experiment.module))
     rows.append(("best found", shipped.candidate, shipped.module))
     indices = range(min(SAMPLE_COLUMNS, config.evaluation.num_images))
-    return [(label, module.images(candidate, indices, seed).cpu()) for label, candidate, module in rows]
+    return [(label, images_with_less_memory(module, candidate, indices, seed)) for label, candidate, module in rows]
 
 
 def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from yaml import YAMLError
 
+from tmpq_exp import locks
 from tmpq_exp.config import UserError
+from tmpq_exp.config.identity import digest, flatten, lasting
 from tmpq_exp.files import replace_file
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
-
-VOLATILE_KEYS = ("logger", "paths", "runs", "executor")
-"""Parts of the configuration that do not change results; a run may be resumed with others."""
-
-VOLATILE_TRAINER_KEYS = ("devices", "num_nodes", "strategy")
-"""Settings of the Trainer that only say how many processes share the work."""
+from tmpq_exp.plain_data import parse_json_object, read_yaml_mapping
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -76,11 +67,6 @@ def writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def digest(value: Any) -> str:
-    """Content hash of a JSON value, 16 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 @dataclass(frozen=True)
 class RunDirectory:
     """One job's directory with its fixed file names."""
@@ -101,7 +87,8 @@ class RunDirectory:
             config: The resolved configuration.
 
         Raises:
-            UserError: If the directory holds other things, or was made by another configuration.
+            UserError: If the directory holds other things, was made by another configuration, cannot be written, or
+                is in use by another process.
         """
         run = cls(path)
         plain = json.loads(json.dumps(config, default=str))
@@ -109,19 +96,21 @@ class RunDirectory:
             raise UserError(f"hydra.run.dir: {path} is a file; a directory was expected")
         if run.config.exists():
             _refuse_other_config(run.config, plain)
-            _lock(run)
-        _remove_leftovers(path)
-        if not run.config.exists():
-            if path.exists() and any(path.iterdir()):
-                raise UserError(
-                    f"hydra.run.dir: {path} is not empty and no run directory (it has no {run.config.name}); "
-                    "give a new directory, or one that an earlier run made"
-                )
-            path.mkdir(parents=True, exist_ok=True)
-            replace_file(run.config, OmegaConf.to_yaml(plain).encode())
+        elif path.exists():
+            _refuse_other_content(run)
+        path.mkdir(parents=True, exist_ok=True)
         _lock(run)
+        _remove_leftovers(path)
+        if run.config.exists():  # made by another process in the meantime, or long ago
+            _refuse_other_config(run.config, plain)
+        else:
+            replace_file(run.config, OmegaConf.to_yaml(plain).encode())
         _record_start(run.environment)
         return run
+
+    def release(self) -> None:
+        """Let other processes in."""
+        locks.release(self.lock)
 
     def stage(self, name: str, inputs: Any, outputs: Sequence[Path], compute: Callable[[], Any]) -> Any:
         """Result of a stage, computed unless the same inputs gave it before and its files are still there.
@@ -168,6 +157,8 @@ class RunDirectory:
 
 
 _FILES = {
+    "lock": ".lock",
+    "job": "job.json",
     "config": "config.yaml",
     "environment": "environment.json",
     "stages": "stages.json",
@@ -193,6 +184,7 @@ _FILES = {
     "reference": "reference.safetensors",
     "model_card": "model_card.md",
     "log": "run.log",
+    "crash_log": "crash.log",
 }
 
 
@@ -203,48 +195,45 @@ def _read_object(path: Path) -> dict[str, Any]:
         ValueError: If the file holds none; it is named.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json_object(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged (it holds no JSON object)")
-    return value
-
-
-_locks: dict[Path, int] = {}
-"""Open file descriptors that hold the locks of this process's run directories, until it ends."""
 
 
 def _lock(run: RunDirectory) -> None:
-    """Keep other processes out of a run directory for as long as this one lives."""
-    path = run.config.resolve()
-    if fcntl is None or path in _locks:
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    """Keep other processes out of a run directory until it is released or this one ends."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(f"hydra.run.dir: {run.path} is in use by another process; wait for it or stop it") from error
-    _locks[path] = descriptor
+        locks.hold(run.lock)
+    except locks.LockedError as error:
+        raise UserError(f"hydra.run.dir: {run.path} is in use by {error}; wait for it or stop it") from error
+
+
+def _refuse_other_content(run: RunDirectory) -> None:
+    """A directory without a configuration may hold what comes before one, and nothing else."""
+    own = {name for name in _FILES.values() if name.startswith(".")} | {run.job.name, run.log.name, run.crash_log.name}
+    if any(child.name not in own and not _is_leftover(child.name) for child in run.path.iterdir()):
+        raise UserError(
+            f"hydra.run.dir: {run.path} is not empty and no run directory (it has no {run.config.name}); "
+            "give a new directory, or one that an earlier run made"
+        )
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether a kill in the middle of ``replace_file`` left a file of this name."""
+    return any(fnmatch(name, f".{own}.*.tmp") for own in _FILES.values())
 
 
 def _remove_leftovers(path: Path) -> None:
     """Remove what a kill in the middle of ``replace_file`` left behind."""
-    if path.is_dir():
-        for name in _FILES.values():
-            for leftover in path.glob(f".{name}.*.tmp"):
-                leftover.unlink(missing_ok=True)
+    for child in path.iterdir():
+        if _is_leftover(child.name):
+            child.unlink(missing_ok=True)
 
 
 def _refuse_other_config(path: Path, config: Mapping[str, Any]) -> None:
-    try:
-        before = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"hydra.run.dir: {path} is no YAML ({error})") from error
-    if not isinstance(before, dict):
-        raise UserError(f"hydra.run.dir: {path} holds no configuration of this program")
-    old, new = flatten(lasting({str(key): value for key, value in before.items()})), flatten(lasting(config))
+    with bad_input():
+        before = read_yaml_mapping(path)
+    old, new = (flatten(lasting(c)) for c in (before, config))
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if differing:
         shown = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing[:5])
@@ -253,25 +242,6 @@ def _refuse_other_config(path: Path, config: Mapping[str, Any]) -> None:
             f"hydra.run.dir: {path.parent} was made by another configuration ({shown}{more}); "
             "use the same configuration to resume it, or another directory"
         )
-
-
-def lasting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that results depend on."""
-    kept = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
-    trainer = kept.get("trainer")
-    if isinstance(trainer, dict):
-        kept["trainer"] = {key: value for key, value in trainer.items() if key not in VOLATILE_TRAINER_KEYS}
-    return kept
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted keys."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, child in value.items():
-        flat |= flatten(child, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def git_commit() -> str | None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from yaml import YAMLError
-
 from tmpq_exp.config import UserError
+from tmpq_exp.config.identity import flatten, lasting
+from tmpq_exp.job_record import job_name
+from tmpq_exp.plain_data import parse_json_object, read_yaml_mapping
 from tmpq_exp.report.classification import validate_classification
 from tmpq_exp.report.content import validate_report
-from tmpq_exp.rundir import RunDirectory, flatten, lasting
+from tmpq_exp.rundir import RunDirectory
 from tmpq_exp.search.trials import read_trials
 
 
@@ -40,8 +39,8 @@ class PastRun:
 
     @property
     def name(self) -> str:
-        """Name of the directory."""
-        return self.directory.path.resolve().name
+        """Name of the directory, or what a sweep calls the job in it."""
+        return job_name(self.directory.path)
 
 
 KINDS = {
@@ -78,9 +77,13 @@ def read_run(path: Path) -> PastRun:
         UserError: If one of its files cannot be read; it is named.
     """
     directory = RunDirectory(path)
-    config = _read_config(directory.config)
+    try:
+        config = read_yaml_mapping(directory.config)
+    except ValueError as error:
+        raise UserError(f"runs: {error}") from error
     trials, warnings = read_trials(directory.trials) if directory.trials.exists() else ([], [])
-    kind = KINDS.get(str((config.get("task") or {}).get("_target_")), "other")
+    task = config.get("task")
+    kind = KINDS.get(str(task.get("_target_") if isinstance(task, dict) else None), "other")
     report = _read_report(directory.report_json, kind) if directory.report_json.exists() else None
     return PastRun(directory, kind, config, [asdict(trial) for trial in trials], report, warnings)
 
@@ -109,25 +112,15 @@ def _run_directories(path: Path) -> list[Path]:
 
 def _job_order(path: Path) -> tuple[int, str]:
     """Jobs of a sweep in the order of their numbers, which their names start with."""
-    number = path.name.partition("_")[0]
-    return int(number) if number.isdecimal() else 0, path.name
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"runs: {path} cannot be read as YAML ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"runs: {path} holds no configuration of this program")
-    return {str(key): value for key, value in config.items()}
+    name = job_name(path)
+    number = name.partition("_")[0]
+    return int(number) if number.isdecimal() else 0, name
 
 
 def _read_report(path: Path, kind: str) -> Mapping[str, Any]:
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = parse_json_object(path.read_bytes())
         (validate_classification if kind == "classify" else validate_report)(report)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError, AttributeError, LookupError) as error:
         raise UserError(f"runs: {path} is no report of this version ({error})") from error
-    assert isinstance(report, dict)
     return report

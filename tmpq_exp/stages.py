@@ -140,9 +140,11 @@ def _predict(
     batches = objective.protocol.micro_batches()
     trainer = experiment.trainer(f"evaluate {name}", len(batches))
     trainer.callbacks.append(_HandingOn(take))  # type: ignore[attr-defined]
-    with module.requesting(candidate, batches, objective.protocol.seed):
-        trainer.predict(module, range(len(batches)), return_predictions=False)
-    module.to(experiment.device)
+    try:
+        with module.requesting(candidate, batches, objective.protocol.seed):
+            trainer.predict(module, range(len(batches)), return_predictions=False)
+    finally:
+        module.to(experiment.device)
 
 
 def _share(

@@ -10,9 +10,10 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from tmpq_exp.config import Config, PaperConfig, UserError
+from tmpq_exp.config.identity import flatten
 from tmpq_exp.files import replace_file
 from tmpq_exp.report.paper_table import PaperRow, latex, markdown, notes_of, paper_rows, terminal_tables
-from tmpq_exp.rundir import RunDirectory, flatten, writing
+from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.runs import PastRun, past_runs
 
 LEAST_WIDTH = 140

@@ -72,6 +72,24 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     say_notice(tracker)
 
 
+def _last_checkpoint(path: Path) -> Path | None:
+    """What a training that was stopped goes on from; None if there is nothing.
+
+    Raises:
+        UserError: If the file is damaged, or holds more than tensors and plain values.
+    """
+    if not path.exists():
+        return None
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a damaged or hostile file makes of the reader
+        raise UserError(
+            f"{path} is damaged or holds more than a checkpoint ({type(error).__name__}); only tensors and plain "
+            "values are read and nothing is unpickled. Remove it to train from the beginning"
+        ) from error
+    return path
+
+
 def _train(config: Config, model: TrainableModel, data: ImageData, run: RunDirectory, tracker: Tracker) -> str:
     """Train, assess and save; returns the model card."""
     module = model.training_module()
@@ -86,9 +104,9 @@ def _train(config: Config, model: TrainableModel, data: ImageData, run: RunDirec
         default_root_dir=run.path,
     )
     data.keep_on(trainer.strategy.root_device)
-    last = run.path / "last.ckpt"
+    last = _last_checkpoint(run.path / "last.ckpt")
     start = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    trainer.fit(module, data, ckpt_path=last, weights_only=True)
     run.add_stage_seconds("train", time.perf_counter() - start)
     device = trainer.strategy.root_device
     network = module.trained_network().to(device)

@@ -18,6 +18,7 @@ from tmpq_exp.metrics.control import ControlledFrechet
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.rundir import RunDirectory, bad_input
+from tmpq_exp.search.memory import images_with_less_memory
 from tmpq_exp.search.objective import Measured, Objective
 from tmpq_exp.search.protocol import Beside, Protocol
 from tmpq_exp.search.trials import TrialLog
@@ -133,7 +134,7 @@ class Worker:
 
     def images(self, candidate: Candidate, indices: range, seed: int) -> Tensor:
         """One micro-batch of images on the CPU; see ``SupernetModule.images``."""
-        return self._experiment.module.images(candidate, indices, seed).cpu()
+        return images_with_less_memory(self._experiment.module, candidate, indices, seed)
 
 
 def _load(experiment: Experiment) -> None:

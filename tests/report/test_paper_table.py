@@ -14,8 +14,8 @@ from rich.console import Console
 
 from tests.report.example import make_report
 from tmpq_exp.config import UserError
+from tmpq_exp.config.identity import flatten
 from tmpq_exp.report.paper_table import PaperRow, Verdict, latex, markdown, notes_of, paper_rows, terminal_tables
-from tmpq_exp.rundir import flatten
 from tmpq_exp.runs import read_run
 from tmpq_exp.tabulate import rows_of
 

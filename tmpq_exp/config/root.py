@@ -86,6 +86,17 @@ class ExecutorConfig:
 
 
 @dataclass
+class SweepConfig:
+    """How a sweep goes on that was started before; finished jobs are never run again.
+
+    Args:
+        retry_failed: Run jobs again that failed before.
+    """
+
+    retry_failed: bool = False
+
+
+@dataclass
 class PathsConfig:
     """Where things are.
 
@@ -158,6 +169,7 @@ class Config:
     trainer: Any = MISSING
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     reuse: list[str] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)
     seed: int = 0

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from tmpq_exp.files import replace_file
 from tmpq_exp.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, frame, stairs
@@ -60,14 +61,16 @@ def comparison_tables(runs: Sequence[ComparedRun]) -> list[Table]:
     for group in groups_of(runs):
         better = "higher" if higher_is_better(group.metric) else "lower"
         caption = f"{group.metric}: {better} is better; fingerprint {group.fingerprint}"
-        table = Table(title=str(group.reports[0]["model"]), caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title=Text(str(group.reports[0]["model"])), caption=Text(caption), box=box.SIMPLE_HEAD, pad_edge=False
+        )
         table.add_column("", overflow="fold")
         for heading in (group.metric, "W6A6", "psnr_db", "GBitOPs", "saving", "steps", "seconds"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in _rows(group, Path.cwd()):
             figures = (row["quality"], row["uniform"])
             table.add_row(
-                row["label"],
+                Text(row["label"]),  # text: what stands in brackets is no markup here
                 *(number(value) for value in figures),
                 number(row["psnr_db"], 1),
                 number(row["gbitops"], 1),

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tmpq_exp.config.identity import digest
 from tmpq_exp.cost import CostModel
 from tmpq_exp.metrics.control import ControlledFrechet
 from tmpq_exp.metrics.fidelity import FeatureError, Psnr
 from tmpq_exp.metrics.metric import Measurement, Metric
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
-from tmpq_exp.rundir import digest
 from tmpq_exp.search.evaluation import Evaluation, Made
+from tmpq_exp.search.memory import with_less_memory
 from tmpq_exp.search.protocol import Beside, Control, Images, Protocol, images_by
 from tmpq_exp.search.trials import Trial, TrialLog, finite_metrics
 from tmpq_exp.zoo.conditioning import Prompts
@@ -37,15 +38,20 @@ class Measured:
         metrics: Name -> value, NaN where it could not be had.
         intervals: Metric -> 95 % interval over images, where one was asked for.
         problems: Metric -> why it could not be had.
+        micro_batch: Images a forward, where memory did not suffice for the protocol's.
     """
 
     metrics: dict[str, float]
     intervals: dict[str, list[float]] | None
     problems: dict[str, str]
+    micro_batch: int | None = None
 
 
 class Objective:
     """Scores candidates under one protocol, each at most once.
+
+    Where memory does not suffice, a candidate is measured again from its start at half the micro-batch, and its trial
+    says so; the next one starts at the protocol's again, so that a trial never depends on the ones before it.
 
     Every trial has ``psnr_db`` and, where the metric has a feature network, ``feature_mse``, both against the float
     reference's images of the same seeds, on the first ``paired_images``: they need few, and the reference has many
@@ -186,6 +192,7 @@ class Objective:
             intervals=measured.intervals,
             further=self.further_fingerprints or None,
             missing=missing or None,
+            micro_batch=measured.micro_batch,
         )
         return self._keep(trial)
 
@@ -195,15 +202,22 @@ class Objective:
         return trial
 
     def measure(self, candidate: Candidate, feed: Feed | None = None, images: Images | None = None) -> Measured:
-        """Figures of a candidate; nothing is looked up or recorded.
+        """Figures of a candidate, at a smaller micro-batch where memory asks for one; nothing is looked up or recorded.
 
         Args:
             candidate: What to measure.
             feed: Makes the candidate's images, see ``evaluate``.
             images: Makes them, and what stands beside them, where there is no feed; None: as the objective was told.
         """
+        action = partial(self._measure, candidate, feed, images or self._images)
+        what = f"evaluation of {candidate.key()}"
+        measured, micro_batch = with_less_memory(what, self.protocol.micro_batch, action)
+        return measured if micro_batch == self.protocol.micro_batch else replace(measured, micro_batch=micro_batch)
+
+    def _measure(self, candidate: Candidate, feed: Feed | None, images: Images, micro_batch: int) -> Measured:
+        """Figures at this micro-batch."""
         started = self._started()
-        metrics, problems = self._evaluated(candidate, started, feed, images or self._images).values()
+        metrics, problems = self._evaluated(candidate, started, micro_batch, images, feed).values()
         main = self.metric.name
         if not self.bootstrap or not self.measures_quality or main in problems:
             return Measured(metrics, None, problems)
@@ -216,7 +230,8 @@ class Objective:
 
     def beside(self) -> Beside:
         """What candidates are compared with, made at first use; on the CPU."""
-        reference = self._reference_made(self._images).to(torch.device("cpu"))
+        made = partial(self._reference_made, images=self._images)
+        reference = with_less_memory("float reference", self.protocol.micro_batch, made)[0].to(torch.device("cpu"))
         if not isinstance(self.score, ControlledFrechet):
             return Beside(reference)
         return Beside(reference, self.score.statistics(), self.score.features())
@@ -245,26 +260,37 @@ class Objective:
 
     def interval(self, candidate: Candidate, num_resamples: int) -> list[float] | None:
         """Bootstrap interval of a candidate's score over images, 95 %; None where there is none."""
-        measurement = self.score.start(resampled=True)
-        _, problems = self._evaluated(candidate, {self.score.name: measurement}, None, self._images).values()
-        interval = None if problems else measurement.interval(num_resamples, self.protocol.seed)
+
+        def measure(micro_batch: int) -> tuple[float, float] | None:
+            measurement = self.score.start(resampled=True)
+            started = {self.score.name: measurement}
+            _, problems = self._evaluated(candidate, started, micro_batch, self._images).values()
+            return None if problems else measurement.interval(num_resamples, self.protocol.seed)
+
+        interval, _ = with_less_memory(f"interval of {candidate.key()}", self.protocol.micro_batch, measure)
         return None if interval is None else list(interval)
 
     def _evaluated(
-        self, candidate: Candidate, started: Mapping[str, Measurement], feed: Feed | None, images: Images
+        self,
+        candidate: Candidate,
+        started: Mapping[str, Measurement],
+        micro_batch: int,
+        images: Images,
+        feed: Feed | None = None,
     ) -> Evaluation:
-        """Measurements that have taken all images of a candidate."""
+        """Measurements that have taken all images of a candidate, made at this micro-batch."""
+        protocol = replace(self.protocol, micro_batch=micro_batch)
         is_reference = candidate == self.reference_candidate
         conditions = self.module.task.conditions
         evaluation = Evaluation(
             started,
             self.protocol.num_images,
             self.protocol.paired().num_images,
-            None if is_reference else self._reference_made(images),
+            None if is_reference else self._reference_made(micro_batch, images),
             conditions.of_images if isinstance(conditions, Prompts) else None,
             self._reference_memos,
         )
-        self._make(candidate, self.protocol, evaluation.take, feed, images)
+        self._make(candidate, protocol, evaluation.take, feed if protocol == self.protocol else None, images)
         if len(evaluation.own.images) == self.protocol.paired().num_images:
             self._reference = evaluation.own
         return evaluation
@@ -290,10 +316,10 @@ class Objective:
             with torch.inference_mode():
                 take(Made(self.module.task.decode(latents), latents))
 
-    def _reference_made(self, images: Images) -> Made:
-        """The float reference's images of the first of these seeds."""
+    def _reference_made(self, micro_batch: int, images: Images) -> Made:
+        """The float reference's images of the first of these seeds, made at this micro-batch if they are not there."""
         if self._reference is None:
-            parts, protocol = list[Made](), self.protocol.paired()
+            parts, protocol = list[Made](), replace(self.protocol.paired(), micro_batch=micro_batch)
             self._make(self.reference_candidate, protocol, parts.append, None, images)
             self._reference = reduce(Made.joined, parts)[: protocol.num_images]
         return self._reference

@@ -17,6 +17,7 @@ from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.search.evaluation import Made
+from tmpq_exp.search.memory import with_less_memory
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,26 @@ class Control:
     @cached_property
     def statistics(self) -> FeatureStatistics:
         """Of its own images, measured at first use."""
-        sums = FeatureSums(self.metric.network)
-        with StageBar("control images", len(self.protocol.micro_batches())) as bar:
-            for images in self._images(self.protocol):
-                sums.update(images)
-                bar.advance()
-        return sums.statistics()
+
+        def measure(micro_batch: int) -> FeatureStatistics:
+            protocol, sums = replace(self.protocol, micro_batch=micro_batch), FeatureSums(self.metric.network)
+            with StageBar("control images", len(protocol.micro_batches())) as bar:
+                for images in self._images(protocol):
+                    sums.update(images)
+                    bar.advance()
+            return sums.statistics()
+
+        return with_less_memory("control images", self.protocol.micro_batch, measure)[0]
 
     def under(self, protocol: Protocol) -> ControlledFrechet:
         """The metric of candidates under a protocol."""
         facts = {"schedule": self.candidate.key(), "images": self.protocol.num_images, "seed": self.protocol.seed}
-        found = cache(lambda: torch.cat([features_of(self.metric.network, x).cpu() for x in self._images(protocol)]))
+
+        def measure(micro_batch: int) -> Tensor:
+            images = self._images(replace(protocol, micro_batch=micro_batch))
+            return torch.cat([features_of(self.metric.network, some).cpu() for some in images])
+
+        found = cache(lambda: with_less_memory("control images", protocol.micro_batch, measure)[0])
         return ControlledFrechet(self.metric, lambda: self.statistics, found, facts)
 
     def _images(self, protocol: Protocol) -> Iterator[Tensor]:

@@ -8,11 +8,13 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tmpq_exp.config import UserError
 from tmpq_exp.metrics.names import loss
+from tmpq_exp.plain_data import parse_json_object
 from tmpq_exp.quant.allocation import Candidate
 
 
@@ -44,6 +46,8 @@ class Trial:
         source: Run directory whose trial this one repeats.
         further: Further metric -> its own fingerprint, where such were measured.
         missing: Further metric -> why it could not be had.
+        micro_batch: Images a forward it was measured at, where memory did not suffice for the protocol's; its figures
+            may differ from those at the protocol's in their last digits.
     """
 
     index: int
@@ -65,6 +69,7 @@ class Trial:
     source: str | None = None
     further: dict[str, str] | None = None
     missing: dict[str, str] | None = None
+    micro_batch: int | None = None
 
     def score(self, metric: str) -> float:
         """Value of a metric as a search minimises it: negated where higher is better; infinite for a failed trial."""
@@ -193,7 +198,7 @@ def _parsed(path: Path, data: bytes) -> tuple[list[Trial], list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             trials.append(_parse(line))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             warnings.append(f"{path.name}: line {number} is damaged and is left out ({error})")
     return trials, warnings
 
@@ -214,15 +219,31 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
+_LARGEST = 2**80
+"""Counts lie below; no run comes near."""
+
+
 def _parse(line: bytes) -> Trial:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError("not an object")
-    trial = Trial(**record)
-    if not isinstance(trial.metrics, dict) or not all(
-        v is None or isinstance(v, int | float) for v in trial.metrics.values()
-    ):
-        raise ValueError("its metrics are no numbers")
+    trial = Trial(**parse_json_object(line))
+    _check_types(trial)
     if Candidate.from_json(trial.candidate).key() != trial.key:
         raise ValueError("its key does not match its candidate")
     return trial
+
+
+def _check_types(trial: Trial) -> None:
+    """Raise ``ValueError`` unless every value is of its kind: the file may come from anybody."""
+    texts = [trial.phase, trial.key, trial.fingerprint, trial.state]
+    texts += [text for text in (trial.name, trial.error, trial.source) if text is not None]
+    texts += [*(trial.further or {}).values(), *(trial.missing or {}).values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text is of another type")
+    counts = [trial.index, trial.bitops, trial.macs, trial.weight_bytes, trial.num_images, trial.seed]
+    counts += [count for count in (trial.generation, trial.micro_batch) if count is not None]
+    if not all(type(count) is int and 0 <= count < _LARGEST for count in counts):
+        raise ValueError("a count is no integer, or out of range")
+    figures = [*(v for v in trial.metrics.values() if v is not None), *chain(*(trial.intervals or {}).values())]
+    if not all(type(figure) in (int, float) and math.isfinite(figure) for figure in figures):
+        raise ValueError("its metrics are no numbers")
+    if not all(len(interval) == 2 for interval in (trial.intervals or {}).values()):
+        raise ValueError("an interval has two ends")

@@ -11,7 +11,7 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
-from tmpq_exp.rundir import flatten
+from tmpq_exp.config.identity import flatten
 from tmpq_exp.tracking.records import BIT_EDGES, bit_counts, trial_bits, trial_values
 from tmpq_exp.tracking.tracker import Job, Results
 

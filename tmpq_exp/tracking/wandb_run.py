@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tmpq_exp.job_record import job_name
 from tmpq_exp.tracking.records import BIT_EDGES, bit_counts, table_rows, trial_bits, trial_values
 from tmpq_exp.tracking.tracker import Job, QualityChart, Results
 
@@ -54,7 +55,7 @@ class WandbTracker:
             job_type=job.kind,
             tags=list(tags),
             config={**job.config, "environment": dict(job.environment)},
-            name=job.directory.resolve().name,
+            name=job_name(job.directory),
             reinit="create_new",
             settings=wandb.Settings(**_known_settings(mode, job)),
         )

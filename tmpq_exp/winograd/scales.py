@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmpq_exp.files import replace_file
+from tmpq_exp.plain_data import parse_json_object
 from tmpq_exp.quant.primitives import sqnr_db
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, measure_ranges, transform_weights, winograd_conv2d
 from tmpq_exp.winograd.matrices import NetworkMatrices
@@ -247,11 +248,11 @@ def read_scales(path: Path, spec: WinogradSpec) -> ScaleSet:
         ValueError: If the file cannot be read, or holds no scales for this tile or for these points.
     """
     try:
-        tiles = json.loads(path.read_text(encoding="utf-8"))["tiles"]
+        tiles = parse_json_object(path.read_bytes())["tiles"]
         entry = tiles.get(str(spec.m))
         points = None if entry is None else list(entry["points"])
         scales = None if entry is None else ScaleSet.from_json(entry["scales"])
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} holds no Winograd scales: {type(error).__name__}: {error}") from error
     wanted = [format_point(point) for point in spec.transform().points]
     if scales is None:

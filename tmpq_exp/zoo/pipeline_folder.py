@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from tmpq_exp.plain_data import parse_json_object
 from tmpq_exp.zoo.weights import read_tensors
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
@@ -221,14 +221,11 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
 
 def _read_json(path: Path, kind: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json_object(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{kind}: no file at {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{kind}: {path} is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{kind}: {path} must hold a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _diffusers_class(name: str, accepted: tuple[str, ...], where: str) -> Any:

@@ -42,6 +42,9 @@ class PipelineModel(DiffusionModel, CostedModel):
         ValueError: If a setting is out of range.
     """
 
+    SETTINGS = ("sampler", "clip_sample", "guidance_scale", "negative_prompt", "spacing")
+    """Arguments that a recipe keeps, and all that it may set."""
+
     def __init__(
         self,
         name: str,
