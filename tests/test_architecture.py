@@ -60,6 +60,7 @@ ORDER = (
     "trace",
     # (3) float tasks, data, metrics, the supernet and what is fitted to it
     "data",
+    "scenes",
     "zoo",
     "zoo.weights",
     "zoo.training",
@@ -70,6 +71,9 @@ ORDER = (
     "zoo.embedded",
     "zoo.digits",
     "zoo.cifar",
+    "zoo.text",
+    "zoo.clip",
+    "zoo.text_to_image",
     "zoo.compvis",
     "zoo.architecture",
     "zoo.schedulers",

@@ -15,7 +15,9 @@ from tmpq_exp.__main__ import conf_dir
 from tmpq_exp.config import UserError, register_schema, to_config
 from tmpq_exp.metrics.statistics import FeatureStatistics
 from tmpq_exp.train import train
+from tmpq_exp.zoo.clip import DigitsCLIP
 from tmpq_exp.zoo.digits import DigitsClassifier, DigitsDDPM
+from tmpq_exp.zoo.text_to_image import DigitsTextToImage
 from tmpq_exp.zoo.training import ClassifierTraining
 
 
@@ -101,3 +103,56 @@ class Trap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.trace,)
+
+
+def test_without_the_network_of_its_metric_a_model_is_trained_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tmpq_exp.train.ERROR_DRAWS", 1)
+    small = ("model.recipe.num_steps=1", "data.batch_size=8", "evaluation.reference_steps=1")
+    run(tmp_path, *small, f"metrics.fd_digits.checkpoint={tmp_path}/later.safetensors")
+    assert "no quality metric for the model card at present: checkpoint of model digits_classifier: no file at" in (
+        capsys.readouterr().err
+    )
+    assert "noise MSE" in (card := (tmp_path / "model_card.md").read_text())
+    assert "quadratic steps" not in card
+
+
+def test_a_clip_and_a_text_to_image_model_that_it_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tmpq_exp.train.ERROR_DRAWS", 1)
+    small = (
+        *("model.recipe.num_steps=2", "model.recipe.compile=false"),
+        *("data.batch_size=8", "data.num_images=40", "data.reference_images=1"),
+    )
+    run(tmp_path / "clip", "model=clip_digits", *small)
+    weights, reference = tmp_path / "clip" / "model.safetensors", tmp_path / "clip" / "reference.safetensors"
+    DigitsCLIP(str(weights)).load()
+    assert FeatureStatistics.load(reference).num_images == 110
+    assert "held-out images whose nearest caption" in (tmp_path / "clip" / "model_card.md").read_text()
+    run(
+        tmp_path / "sd",
+        "model=sd_digits",
+        *small,
+        f"metrics.clip_digits.checkpoint={weights}",
+        f"evaluation.reference={reference}",
+        "evaluation.num_images=11",
+        "evaluation.reference_steps=1",
+        "space.num_inference_steps=2",
+    )
+    DigitsTextToImage(str(tmp_path / "sd" / "model.safetensors")).load()
+    assert "fd_clip_digits, 11 images, DDIM, 2 quadratic steps" in (tmp_path / "sd" / "model_card.md").read_text()
+    assert (tmp_path / "sd" / "samples.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=clip_digits", "data=digits"], r"clip_digits is trained on images of shape \(1, 24, 24\)"),
+        (["data=captioned_digits", "data.num_images=512"], r"ddpm_digits is trained on images of shape \(1, 16, 16\)"),
+        (["evaluation=fd_cifar10"], r"fd_cifar10 takes images of .*, as model ddpm_digits makes them"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_training(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, *overrides)
+    assert not (tmp_path / "model.safetensors").exists()

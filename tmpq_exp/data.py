@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -61,9 +61,29 @@ class LabelledImages(NamedTuple):
             generator: Draws the order, and the last, smaller batch is dropped; None: in order, all of them.
         """
         dataset = _Float(self)
-        order = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
-        batches = BatchSampler(order, batch_size, drop_last=generator is not None)
+        batches: BatchSampler | _Rows
+        if generator is None:
+            batches = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
+        else:
+            batches = _Rows(RandomSampler(dataset, generator=generator), batch_size, self.pixels.device)
         return DataLoader(dataset, sampler=batches, batch_size=None)  # one indexing a batch, not one an image
+
+    def to(self, device: torch.device) -> LabelledImages:
+        """The same on a device, where batches are then made."""
+        return LabelledImages(self.pixels.to(device), self.labels.to(device))
+
+
+class _Rows(Sampler[Tensor]):
+    """Indices of all whole batches of an epoch, sent to a device at once: to send them one by one would stop it."""
+
+    def __init__(self, order: RandomSampler, batch_size: int, device: torch.device) -> None:
+        self._batches, self._device = BatchSampler(order, batch_size, drop_last=True), device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.tensor(list(self._batches)).to(self._device))
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
 
 class _Float(Dataset[tuple[Tensor, ...]]):
@@ -75,7 +95,7 @@ class _Float(Dataset[tuple[Tensor, ...]]):
     def __len__(self) -> int:
         return len(self._images.labels)
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, ...]:
+    def __getitem__(self, indices: list[int] | Tensor) -> tuple[Tensor, ...]:
         return self._images.pixels[indices].float() / 255, self._images.labels[indices]
 
 
@@ -102,6 +122,10 @@ class ImageData(L.LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
         self.train_set, self.holdout_set, self.reference_set = train, holdout, reference
 
+    def keep_on(self, device: torch.device) -> None:
+        """Keep the training images on the device that learns from them, so that no step copies any."""
+        self.train_set = self.train_set.to(device)
+
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Shuffled batches; the last, smaller one is dropped."""
         return self.train_set.batches(self.batch_size, torch.Generator().manual_seed(self.seed))
@@ -113,6 +137,18 @@ class ImageData(L.LightningDataModule):
     def reference_dataloader(self) -> Iterable[tuple[Tensor, ...]]:
         """The images behind reference statistics, in order."""
         return self.reference_set.batches(EVALUATION_BATCH)
+
+
+def held_out(count: int, holdout_fraction: float) -> Tensor:
+    """Which of ``count`` images are held out, as a mask: evenly spread, at 1/n every n-th one.
+
+    Raises:
+        ValueError: If the fraction is not in [0, 1).
+    """
+    if not 0 <= holdout_fraction < 1:
+        raise ValueError(f"data.holdout_fraction must be in [0, 1), found {holdout_fraction}")
+    share = Fraction(holdout_fraction).limit_denominator(10**6)
+    return torch.tensor([i * share // 1 != (i - 1) * share // 1 for i in range(count)])
 
 
 class DigitsData(ImageData):
@@ -127,11 +163,8 @@ class DigitsData(ImageData):
     description = "UCI digits as shipped by scikit-learn (CC BY 4.0), 8x8 resized bilinearly to 16x16"
 
     def __init__(self, batch_size: int, holdout_fraction: float = 0.0, seed: int = 0) -> None:
-        if not 0 <= holdout_fraction < 1:
-            raise ValueError(f"data.holdout_fraction must be in [0, 1), found {holdout_fraction}")
         images, labels = uci_digits()
-        share = Fraction(holdout_fraction).limit_denominator(10**6)
-        held = torch.tensor([i * share // 1 != (i - 1) * share // 1 for i in range(len(images))])
+        held = held_out(len(images), holdout_fraction)
         train, holdout = (LabelledImages(images[mask], labels[mask]) for mask in (~held, held))
         super().__init__(batch_size, seed, train, holdout, LabelledImages(images, labels))
 

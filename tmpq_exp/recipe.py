@@ -32,14 +32,16 @@ from tmpq_exp.winograd.scales import ScaleSet
 from tmpq_exp.zoo.cifar import CifarDDPM
 from tmpq_exp.zoo.conditioning import Prompts
 from tmpq_exp.zoo.digits import DigitsDDPM
-from tmpq_exp.zoo.embedded import EmbeddedDDPM
 from tmpq_exp.zoo.pipeline_folder import is_hub_id
 from tmpq_exp.zoo.pipelines import PipelineModel
-from tmpq_exp.zoo.task import DiffusionTask, task_layers
+from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, task_layers
+from tmpq_exp.zoo.text_to_image import DigitsTextToImage
 from tmpq_exp.zoo.weights import fill, read_tensors, write_tensors
 
-RECIPE_SCHEMA = 3
-EMBEDDED_MODELS: dict[str, type[EmbeddedDDPM]] = {model.name: model for model in (DigitsDDPM, CifarDDPM)}
+RECIPE_SCHEMA = 4
+EMBEDDED_MODELS: dict[str, type[TrainableDiffusionModel]] = {
+    model.name: model for model in (DigitsDDPM, CifarDDPM, DigitsTextToImage)
+}
 """Models that a recipe may name; for any other one ``apply_recipe`` is given the float task."""
 
 
@@ -277,7 +279,7 @@ def _compressed(
     return CompressedModel(candidate, module, micro_batch, recipe)
 
 
-def _origin(path: Path, recipe: Mapping[str, Any], pipeline: str | None) -> PipelineModel | EmbeddedDDPM:
+def _origin(path: Path, recipe: Mapping[str, Any], pipeline: str | None) -> PipelineModel | TrainableDiffusionModel:
     """The option of the model group that makes the float task."""
     source = recipe["source"]
     if source["kind"] == "pipeline":
@@ -297,7 +299,17 @@ def _origin(path: Path, recipe: Mapping[str, Any], pipeline: str | None) -> Pipe
             f"{path}: the recipe is for model {recipe['model']!r}, which is not embedded "
             f"({', '.join(EMBEDDED_MODELS)}); give its float task"
         )
+    if recipe["model"] == DigitsTextToImage.name:
+        return DigitsTextToImage(guidance_scale=_guidance_scale(path, recipe))
     return EMBEDDED_MODELS[recipe["model"]]()
+
+
+def _guidance_scale(path: Path, recipe: Mapping[str, Any]) -> float:
+    sampler = recipe["sampler"]
+    found = sampler.get("guidance_scale") if isinstance(sampler, dict) else None
+    if not isinstance(found, int | float) or isinstance(found, bool):
+        raise ValueError(f"{path}: sampler.guidance_scale must be a number, found {found!r}")
+    return float(found)
 
 
 def _source(task: DiffusionTask) -> dict[str, Any]:
@@ -324,7 +336,7 @@ def _state_entry(state_path: Path) -> dict[str, str]:
 
 
 def _sampler(task: DiffusionTask) -> dict[str, Any]:
-    return {key: task.state_fingerprint[key] for key in ("schedule", "sampler")}
+    return {key: task.state_fingerprint[key] for key in ("schedule", "sampler", "guidance_scale")}
 
 
 def _candidate(data: Any, task: DiffusionTask, num_layers: int) -> Candidate:

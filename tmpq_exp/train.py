@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -17,21 +19,22 @@ from tmpq_exp.data import ImageData
 from tmpq_exp.diffusion.schedule import spaced_timesteps
 from tmpq_exp.files import replace_file
 from tmpq_exp.measuring import quality_metric
-from tmpq_exp.metrics.metric import Place
+from tmpq_exp.metrics.metric import Metric, Place
 from tmpq_exp.metrics.statistics import FeatureSums
 from tmpq_exp.progress import StageProgress, quiet_lightning
 from tmpq_exp.report import samples_png
-from tmpq_exp.rundir import RunDirectory, describe_environment
+from tmpq_exp.rundir import RunDirectory, bad_input, describe_environment
 from tmpq_exp.seeding import stream_seed
 from tmpq_exp.tracking import Job, Results, Tracker, TrainingCurve, finishing, open_tracker, say_notice
-from tmpq_exp.zoo.embedded import EmbeddedDDPM, FeatureClassifier
-from tmpq_exp.zoo.task import DiffusionTask, TrainableModel
-from tmpq_exp.zoo.training import ClassifierTraining, DiffusionTraining, TrainingModule, top1_percent
+from tmpq_exp.zoo.clip import ContrastiveNetwork, retrieval_percent
+from tmpq_exp.zoo.embedded import FeatureClassifier
+from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel
+from tmpq_exp.zoo.training import DiffusionTraining, TrainingModule, top1_percent
 from tmpq_exp.zoo.weights import write_tensors
 
 CHECKPOINT_EVERY_STEPS = 1000
 
-SAMPLE_COLUMNS = 12
+SAMPLE_COLUMNS, MAX_SAMPLE_ROWS = 12, 22
 
 ERROR_DRAWS = 10000
 """Images times draws, at least, behind a diffusion model's noise error."""
@@ -40,8 +43,14 @@ ERROR_DRAWS = 10000
 def train(config: Config, resolved: dict[str, Any]) -> None:
     """Train, assess and save; a killed run goes on from its last checkpoint, with fresh random numbers from there.
 
-    Writes ``model.safetensors`` and ``model_card.md`` into the run directory; for a classifier also
-    ``reference.safetensors``, the statistics of the data under its features, for a diffusion model ``samples.png``.
+    Writes ``model.safetensors`` and ``model_card.md`` into the run directory; for a network whose features serve a
+    Frechet distance also ``reference.safetensors``, the statistics of the data under them, for a diffusion model
+    ``samples.png``.
+
+    The card of a diffusion model has its quality metric if that can be measured when the training ends.
+
+    Raises:
+        ValueError: If model or data cannot be used, or the metric is of other images.
     """
     quiet_lightning()
     run = RunDirectory.claim(Path(config.paths.run_dir), resolved)
@@ -55,6 +64,7 @@ def train(config: Config, resolved: dict[str, Any]) -> None:
     data = instantiate(config.data)
     if not isinstance(data, ImageData):
         raise UserError(f"data: {type(data).__name__} holds no training images; choose digits or cifar10")
+    _check_fit(config, model, data)
     tracker = open_tracker(config.logger, Job.of_directory(run.path, "train", resolved))
     with finishing(tracker):
         card = _train(config, model, data, run, tracker)
@@ -93,6 +103,7 @@ def _train(config: Config, model: TrainableModel, data: ImageData, run: RunDirec
         limit_val_batches=0,
         default_root_dir=run.path,
     )
+    data.keep_on(trainer.strategy.root_device)
     last = _last_checkpoint(run.path / "last.ckpt")
     start = time.perf_counter()
     trainer.fit(module, data, ckpt_path=last, weights_only=True)
@@ -118,6 +129,31 @@ def _train(config: Config, model: TrainableModel, data: ImageData, run: RunDirec
     return card
 
 
+def _check_fit(config: Config, model: TrainableModel, data: ImageData) -> None:
+    """Refuse before the training what would fail in it or behind it.
+
+    Raises:
+        UserError: If the data or the metric of a diffusion model is of other images.
+    """
+    found = tuple(data.reference_set.pixels.shape[1:])
+    if found != model.image_shape:
+        raise UserError(f"data: {model.name} is trained on images of shape {model.image_shape}, found {found}")
+    if isinstance(model, TrainableDiffusionModel):
+        metric = _card_metric(config)
+        with bad_input(f", as model {model.name} makes them; choose another metric"):
+            if metric is not None:
+                metric.check_images(model.image_shape)
+
+
+def _card_metric(config: Config) -> Metric | None:
+    """The quality metric; None, and why on stderr, without its network, which may be trained beside this run."""
+    try:
+        return quality_metric(config)
+    except InstantiationException as error:
+        print(f"warning: no quality metric for the model card at present: {error.__cause__}", file=sys.stderr)
+        return None
+
+
 def _assess(
     config: Config,
     model: TrainableModel,
@@ -126,24 +162,36 @@ def _assess(
     data: ImageData,
     run: RunDirectory,
 ) -> dict[str, float]:
-    """Figures of the trained network for its card; a classifier's reference statistics are written as well."""
-    if isinstance(module, ClassifierTraining):
-        assert isinstance(network, FeatureClassifier)
-        sums = FeatureSums(network)
-        device = next(network.parameters()).device
-        for images, _ in data.reference_dataloader():
-            sums.update(images.to(device))
-        sums.statistics().save(run.reference, f"{sums.num_images} images of: {data.description}; uint8")
-        return {"top-1 on held-out images, percent": top1_percent(network, data.val_dataloader())}
-    assert isinstance(module, DiffusionTraining)
-    assert isinstance(model, EmbeddedDDPM)
-    task = model.wrap(network)
-    _draw_samples(task, config, run, model.class_names)
-    metric = quality_metric(config)
-    metric.make_ready(Place(next(network.parameters()).device, Path(config.paths.cache_dir)))
+    """Figures of the trained network for its card; reference statistics under its features are written as well."""
+    if isinstance(model, TrainableDiffusionModel):
+        assert isinstance(module, DiffusionTraining)
+        task = model.wrap(network)
+        _draw_samples(task, config, run, model.condition_names)
+        return _noise_error(module, network, data) | _image_quality(task, config)
+    assert isinstance(network, FeatureClassifier | ContrastiveNetwork)
+    sums = FeatureSums(network)
+    device = next(network.parameters()).device
+    for images, _ in data.reference_dataloader():
+        sums.update(images.to(device))
+    sums.statistics().save(run.reference, f"{sums.num_images} images of: {data.description}; uint8")
+    if isinstance(network, ContrastiveNetwork):
+        name = "held-out images whose nearest caption tells their scene, percent"
+        return {name: retrieval_percent(network, data.val_dataloader())}
+    return {"top-1 on held-out images, percent": top1_percent(network, data.val_dataloader())}
+
+
+def _noise_error(module: DiffusionTraining, network: nn.Module, data: ImageData) -> dict[str, float]:
     draws = max(1, ERROR_DRAWS // len(data.reference_set.labels))
     name = f"noise MSE of the averaged weights, {len(data.reference_set.labels)} images, {draws} draws each"
-    quality = {name: module.average_error(network, data.reference_dataloader(), draws)}
+    return {name: module.average_error(network, data.reference_dataloader(), draws)}
+
+
+def _image_quality(task: DiffusionTask, config: Config) -> dict[str, float]:
+    metric = _card_metric(config)
+    if metric is None:
+        return {}
+    metric.make_ready(Place(next(task.unet.parameters()).device, Path(config.paths.cache_dir)))
+    quality = {}
     for num_steps in (config.space.num_inference_steps, config.evaluation.reference_steps):
         name = f"{metric.name}, {config.evaluation.num_images} images, DDIM, {num_steps} {task.spacing.value} steps"
         quality[name] = metric(_images(task, config, num_steps))
@@ -151,14 +199,14 @@ def _assess(
 
 
 def _draw_samples(task: DiffusionTask, config: Config, run: RunDirectory, names: Sequence[str]) -> None:
-    """samples.png: a row a class, at the steps of the float reference."""
-    num_classes = len(names)
+    """samples.png: a row a condition, the first ones where they are many, at the steps of the float reference."""
+    rows = range(min(len(names), MAX_SAMPLE_ROWS))
     timesteps = spaced_timesteps(task.num_train_timesteps, config.evaluation.reference_steps, task.spacing)
+    indices = [row + column * len(names) for row in rows for column in range(SAMPLE_COLUMNS)]
     with torch.inference_mode():
-        images = task.sample(
-            task.unet, range(SAMPLE_COLUMNS * num_classes), timesteps, stream_seed(config.seed, "final")
-        )
-    samples_png(run.samples, [(name, images[label::num_classes].cpu()) for label, name in enumerate(names)])
+        images = task.sample(task.unet, indices, timesteps, stream_seed(config.seed, "final")).cpu()
+    parts = torch.split(images, SAMPLE_COLUMNS)
+    samples_png(run.samples, [(names[row], part) for row, part in zip(rows, parts, strict=True)])
 
 
 def _device_name(device: torch.device) -> str:

@@ -16,8 +16,11 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from tests.metrics.conftest import natural_images
-from tmpq_exp.metrics.clip import ImageTextEncoder, PromptScore, clip_score
+from tmpq_exp.metrics.clip import ImageTextEncoder, PromptScore, clip_digits, clip_score
 from tmpq_exp.metrics.metric import Batch, MissingWeights
+from tmpq_exp.scenes import CaptionedDigits, captions
+from tmpq_exp.zoo.clip import DigitsCLIP
+from tmpq_exp.zoo.weights import write_tensors
 
 PROMPTS = ("a cat", "two cats on a mat", "a cat", "the mat")
 
@@ -162,3 +165,28 @@ def test_scores_of_another_encoder_by_hand() -> None:
     assert metric.fingerprint() == {"metric": "clip_brightness", "extractor": "b"}
     with pytest.raises(ValueError, match=r"clip_brightness takes images of shape \(1, 2, 2\), found \(3, 2, 2\)"):
         metric.check_images((3, 2, 2))
+
+
+def test_the_embedded_clip_prefers_what_is_shown() -> None:
+    metric = clip_digits()
+    pixels, labels = CaptionedDigits(1, num_images=1, reference_images=1).reference_set
+    shown = [captions()[label] for label in labels]
+    metric.check_images((1, 24, 24))
+
+    def score(prompts: Sequence[str]) -> Tensor:
+        return metric.values(Batch(pixels.float() / 255, prompts=prompts))
+
+    with torch.inference_mode():
+        agreeing, differing = score(shown), score([*shown[-1:], *shown[:-1]])
+    assert ((agreeing > differing).float().mean()) > 0.95
+    assert agreeing.mean() > differing.mean() + 20
+    assert (metric.name, metric.higher_is_better) == ("clip_digits", True)
+    with pytest.raises(ValueError, match="does not know 'cat'"):
+        score(["a cat"] * len(shown))
+
+
+def test_the_fingerprint_of_the_embedded_clip_knows_its_weights(tmp_path: Path) -> None:
+    network = DigitsCLIP().architecture()
+    write_tensors(tmp_path / "other.safetensors", network.state_dict(), {"model": "clip_digits"})
+    other, base = clip_digits(str(tmp_path / "other.safetensors")).fingerprint(), clip_digits().fingerprint()
+    assert {key for key in base if base[key] != other[key]} == {"extractor"}

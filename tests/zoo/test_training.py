@@ -63,7 +63,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.body = nn.Conv2d(1, 1, 1)
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> SimpleNamespace:
+    def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=self.body(x))
 
 
@@ -93,9 +93,7 @@ def fit(module: TrainingModule, images: Tensor, labels: Tensor, tmp_path: Path) 
 
 def test_noise_prediction_lowers_its_loss(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module = DiffusionTraining(
-        Denoiser(), Recipe(30, 0.1, warmup_steps=3), linear_alphas_cumprod(100, 1e-3, 0.2), class_conditional=False
-    )
+    module = DiffusionTraining(Denoiser(), Recipe(30, 0.1, warmup_steps=3), linear_alphas_cumprod(100, 1e-3, 0.2))
     losses = fit(module, torch.full((640, 1, 4, 4), 0.5), torch.zeros(640).long(), tmp_path)
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
@@ -118,14 +116,14 @@ def test_the_loss_of_the_true_noise_is_zero_and_that_of_silence_is_one() -> None
     labels = torch.arange(512) % 2
     images = labels.view(-1, 1, 1, 1).expand(512, 1, 4, 4).float()
     for factor, expected in ((1.0, 0.0), (0.0, 1.0)):
-        module = DiffusionTraining(KnowsTheImage(factor), Recipe(1, 1.0), alphas_cumprod, class_conditional=True)
+        module = DiffusionTraining(KnowsTheImage(factor), Recipe(1, 1.0), alphas_cumprod)
         assert module.loss(images, labels).item() == pytest.approx(expected, abs=0.05 if expected else 1e-6)
 
 
 def test_min_snr_weighs_noisy_timesteps_in_full_and_clean_ones_less() -> None:
     alphas_cumprod = linear_alphas_cumprod(100, 1e-3, 0.2)
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    module = DiffusionTraining(Denoiser(), Recipe(1, 1.0), alphas_cumprod, False, min_snr_gamma=5.0)
+    module = DiffusionTraining(Denoiser(), Recipe(1, 1.0), alphas_cumprod, min_snr_gamma=5.0)
     weight = module.get_buffer("loss_weight")
     assert torch.equal(weight[snr <= 5], torch.ones(int((snr <= 5).sum())))
     torch.testing.assert_close(weight[snr > 5], (5 / snr[snr > 5]).float())
@@ -147,6 +145,19 @@ def test_flip_and_shift_moves_whole_images() -> None:
     assert len({tuple(image.flatten().tolist()) for image in moved}) > 40  # of 50
 
 
+def test_buffers_are_averaged_and_counters_copied() -> None:
+    network = nn.BatchNorm1d(2)
+    module = TrainingModule(network, Recipe(1, 1e-2))
+    network.running_mean, network.num_batches_tracked = torch.tensor([2.0, 4.0]), torch.tensor(7)
+    module.move_average(0.75)
+    average = module.trained_network()
+    torch.testing.assert_close(average.running_mean, torch.tensor([0.5, 1.0]))
+    assert average.num_batches_tracked == 7
+    module.move_average(0.0)
+    assert torch.equal(average.running_mean, network.running_mean)
+    assert average.running_mean.data_ptr() != network.running_mean.data_ptr()
+
+
 def test_the_shipped_weights_are_the_average(tmp_path: Path) -> None:
     torch.manual_seed(0)
     decay, num_steps = 0.5, 3
@@ -156,13 +167,13 @@ def test_the_shipped_weights_are_the_average(tmp_path: Path) -> None:
         lambda images: images,
     )
     weights: list[Tensor] = []
-    update = module.average.update_parameters
+    move_average = module.move_average
 
-    def recorded(network: nn.Module) -> None:
-        weights.append(network.head.weight.detach().clone())
-        update(network)
+    def recorded(decay: float) -> None:
+        weights.append(module.network.head.weight.detach().clone())
+        move_average(decay)
 
-    module.average.update_parameters = recorded  # type: ignore[method-assign]
+    module.move_average = recorded  # type: ignore[method-assign]
     fit(module, torch.rand(192, 1, 16, 16), torch.arange(192) % 10, tmp_path)
     expected = decay * (decay * weights[0] + (1 - decay) * weights[1]) + (1 - decay) * weights[2]
     network = module.trained_network()

@@ -1,4 +1,4 @@
-"""Agreement of images with their prompts, on any CLIP of a local folder."""
+"""Agreement of images with their prompts, on any CLIP of a local folder and on the embedded one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from transformers.utils import logging
 from tmpq_exp.data import to_uint8
 from tmpq_exp.metrics.inception import rgb
 from tmpq_exp.metrics.metric import Batch, MissingWeights, PerImageMetric
+from tmpq_exp.zoo.clip import ContrastiveNetwork, DigitsCLIP
+from tmpq_exp.zoo.text import VOCABULARY, tokenize
 from tmpq_exp.zoo.weights import content_hash
 
 CLIP_BATCH = 50
@@ -153,6 +155,44 @@ def _features(output: Any) -> Tensor:
     """Features as transformers 4 returns them, and as 5 does."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features
+
+
+class EmbeddedClip(ImageTextEncoder):
+    """The embedded CLIP of captioned digits.
+
+    Args:
+        network: Its encoders, in eval mode.
+    """
+
+    def __init__(self, network: ContrastiveNetwork) -> None:
+        self.network = network
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """See ``ImageTextEncoder.image_features``."""
+        return self.network.to(images.device).embed_images(images.float() / 255)
+
+    def text_features(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """See ``ImageTextEncoder.text_features``.
+
+        Raises:
+            ValueError: If a prompt holds words that the embedded CLIP does not know.
+        """
+        return self.network.to(device).embed_texts(tokenize(prompts).to(device))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See ``ImageTextEncoder.fingerprint``."""
+        words = hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()[:16]
+        return {"extractor": content_hash(self.network.state_dict()), "vocabulary": words}
+
+
+def clip_digits(checkpoint: str | None = None) -> PromptScore:
+    """``clip_digits``: agreement with the prompt as the embedded CLIP of captioned digits sees it.
+
+    Args:
+        checkpoint: Other weights.
+    """
+    model = DigitsCLIP(checkpoint)
+    return PromptScore("clip_digits", EmbeddedClip(model.load()), model.image_shape)
 
 
 def clip_score(path: str | None = None) -> PromptScore:

@@ -14,6 +14,7 @@ from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, 
 from tmpq_exp.metrics.reference import ReferenceFolder, extractor_hash, open_reference
 from tmpq_exp.metrics.statistics import FeatureStatistics, FeatureSums
 from tmpq_exp.zoo.cifar import CifarClassifier
+from tmpq_exp.zoo.clip import DigitsCLIP
 from tmpq_exp.zoo.digits import DigitsClassifier
 from tmpq_exp.zoo.embedded import EmbeddedClassifier, embedded_file
 from tmpq_exp.zoo.weights import content_hash
@@ -276,9 +277,18 @@ def cifar10_frechet(checkpoint: str | None = None, reference: str | None = None)
     return _frechet("fd_cifar10", CifarClassifier(checkpoint), reference)
 
 
-def _frechet(name: str, classifier: EmbeddedClassifier, reference: str | None) -> FrechetMetric:
-    network = classifier.load()
-    path = reference or str(embedded_file(classifier.name, "reference.safetensors"))
-    shape = classifier.image_shape
+def clip_digits_frechet(checkpoint: str | None = None, reference: str | None = None) -> FrechetMetric:
+    """``fd_clip_digits``: image embeddings of ``clip_digits``, against scenes drawn for the embedded prompts.
+
+    Args:
+        checkpoint, reference: See ``digits_frechet``.
+    """
+    return _frechet("fd_clip_digits", DigitsCLIP(checkpoint), reference)
+
+
+def _frechet(name: str, model: EmbeddedClassifier | DigitsCLIP, reference: str | None) -> FrechetMetric:
+    network = model.load()
+    path = reference or str(embedded_file(model.name, "reference.safetensors"))
+    shape = model.image_shape
     found = open_reference(name, path, network.num_features, image_shape=shape)
     return FrechetMetric(name, network, found, shape)

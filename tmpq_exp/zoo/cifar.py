@@ -21,7 +21,7 @@ class CifarDDPM(EmbeddedDDPM):
     """
 
     name = "ddpm_cifar10"
-    sample_shape = (3, CIFAR_SIZE, CIFAR_SIZE)
+    image_shape = (3, CIFAR_SIZE, CIFAR_SIZE)
     class_names = CIFAR_NAMES
     clip_sample = True
     flip = True

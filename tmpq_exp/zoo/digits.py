@@ -20,7 +20,7 @@ class DigitsDDPM(EmbeddedDDPM):
     """
 
     name = "ddpm_digits"
-    sample_shape = (1, DIGITS_SIZE, DIGITS_SIZE)
+    image_shape = (1, DIGITS_SIZE, DIGITS_SIZE)
     class_names = DIGIT_NAMES
 
     def architecture(self) -> nn.Module:

@@ -30,14 +30,12 @@ class EmbeddedDDPM(TrainableDiffusionModel):
         recipe: Training settings; needed for training only.
 
     Class attributes:
-        sample_shape: ``(C, H, W)`` of an image.
         class_names: One name a class label.
         clip_sample: Whether the sampler clips x_0 to [-1, 1].
         flip: Whether training mirrors images at random.
         min_snr_gamma: See ``DiffusionTraining``.
     """
 
-    sample_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     clip_sample = False
     flip = False
@@ -48,6 +46,11 @@ class EmbeddedDDPM(TrainableDiffusionModel):
     def __init__(self, checkpoint: str | None = None, recipe: Recipe | None = None) -> None:
         self.checkpoint = Path(checkpoint) if checkpoint else embedded_file(self.name, "model.safetensors")
         self.recipe = recipe
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """See ``TrainableDiffusionModel.condition_names``."""
+        return self.class_names
 
     def alphas_cumprod(self) -> Tensor:
         """Linear schedule of Ho et al. 2020."""
@@ -64,7 +67,7 @@ class EmbeddedDDPM(TrainableDiffusionModel):
         return DiffusionTask(
             name=self.name,
             unet=network,
-            sample_shape=self.sample_shape,
+            sample_shape=self.image_shape,
             sampler=DDIM(self.alphas_cumprod(), clip_sample=self.clip_sample),
             conditions=ClassLabels(len(self.class_names)),
             origin=self,
@@ -78,7 +81,6 @@ class EmbeddedDDPM(TrainableDiffusionModel):
             self.architecture(),
             self.recipe,
             self.alphas_cumprod(),
-            class_conditional=True,
             flip=self.flip,
             min_snr_gamma=self.min_snr_gamma,
         )
@@ -114,12 +116,7 @@ class EmbeddedClassifier(TrainableModel):
     Args:
         checkpoint: Weights as safetensors; None takes the shipped ones.
         recipe: Training settings; needed for training only.
-
-    Class attributes:
-        image_shape: ``(C, H, W)`` of the images it takes.
     """
-
-    image_shape: tuple[int, int, int]
 
     def __init__(self, checkpoint: str | None = None, recipe: Recipe | None = None) -> None:
         self.checkpoint = Path(checkpoint) if checkpoint else embedded_file(self.name, "model.safetensors")

@@ -237,10 +237,12 @@ class TrainableModel(ABC):
 
     Class attributes:
         name: Name of the model, as in ``model=...``.
+        image_shape: ``(C, H, W)`` of the images it is trained on.
         weights_dtype: Type that trained weights are rounded to and kept in, ``float32`` or ``float16``.
     """
 
     name: str
+    image_shape: tuple[int, int, int]
     weights_dtype = "float32"
 
     @abstractmethod
@@ -274,6 +276,11 @@ class DiffusionModel(ABC):
 
 class TrainableDiffusionModel(TrainableModel, DiffusionModel, CostedModel):
     """A model that can be trained here and makes images; ``task=cost`` builds its architecture on the meta device."""
+
+    @property
+    @abstractmethod
+    def condition_names(self) -> tuple[str, ...]:
+        """What each condition asks for; image i has condition ``i % len(condition_names)``."""
 
     @abstractmethod
     def wrap(self, network: nn.Module) -> DiffusionTask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Recipe:
         ema_decay: Decay of the weight average, in [0, 1); 0 ships the last weights.
         gradient_clip: Largest norm of the gradient, above 0; None leaves it as it is.
         compile: Train through ``torch.compile`` in channels-last memory; pays on GPUs.
+        cuda_graphs: Replay a compiled step from CUDA graphs; pays where small kernels leave a GPU waiting. Without
+            effect on a CPU, or if not compiled.
     """
 
     num_steps: int
@@ -35,6 +38,7 @@ class Recipe:
     ema_decay: float = 0.0
     gradient_clip: float | None = None
     compile: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -61,6 +65,7 @@ class Recipe:
 class TrainingModule(L.LightningModule):
     """AdamW with warm-up, cosine and EMA around a network; subclasses say what the loss is.
 
+    No step waits for the device, so that it always has work: nothing is read back, and the average is moved there.
     ``final_loss`` is the exponential mean of the training loss over about the last 100 steps.
     """
 
@@ -69,8 +74,7 @@ class TrainingModule(L.LightningModule):
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network, self.recipe = network, recipe
-        moving_average = get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
-        self.average = AveragedModel(network, multi_avg_fn=moving_average, use_buffers=True)
+        self.average = copy.deepcopy(network)
         self.register_buffer("final_loss", torch.tensor(float("nan")))
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -80,8 +84,9 @@ class TrainingModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Compile, where the recipe says so; the averaged network stays plain."""
         if self.recipe.compile:
-            self.network.to(memory_format=torch.channels_last)
-            self.network.compile()
+            for network in (self.network, self.average):
+                network.to(memory_format=torch.channels_last)
+            self.network.compile(mode="reduce-overhead" if self.recipe.cuda_graphs else "default")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One optimizer step."""
@@ -91,8 +96,20 @@ class TrainingModule(L.LightningModule):
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Move the weight average."""
-        self.average.update_parameters(self.network)
+        """Move the weight average; after the first step it is the weights themselves."""
+        self.move_average(0.0 if self.global_step <= 1 else self.recipe.ema_decay)
+
+    @torch.no_grad()
+    def move_average(self, decay: float) -> None:
+        """Average the weights, and buffers of floats, with this decay; other buffers are copied."""
+        averages, current = ([*network.parameters(), *network.buffers()] for network in (self.average, self.network))
+        pairs = list(zip(averages, current, strict=True))
+        moved = [(average, value) for average, value in pairs if value.is_floating_point()]
+        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        update([average for average, _ in moved], [value for _, value in moved], None)
+        for average, value in pairs:
+            if not value.is_floating_point():
+                average.copy_(value)
 
     def configure_optimizers(self) -> Any:
         """AdamW and the schedule of the recipe, stepped every batch."""
@@ -104,9 +121,7 @@ class TrainingModule(L.LightningModule):
 
     def trained_network(self) -> nn.Module:
         """The averaged network, in eval mode."""
-        module = self.average.module
-        assert isinstance(module, nn.Module)
-        return module.eval()
+        return self.average.eval()
 
 
 class DiffusionTraining(TrainingModule):
@@ -115,7 +130,6 @@ class DiffusionTraining(TrainingModule):
     Args:
         network, recipe: See ``TrainingModule``.
         alphas_cumprod: ``(num_train_timesteps,)``.
-        class_conditional: Whether the network takes class labels.
         flip: Mirror images at random.
         min_snr_gamma: Weight the error of a timestep by min(SNR, gamma) / SNR; None weighs all the same.
 
@@ -129,13 +143,12 @@ class DiffusionTraining(TrainingModule):
         network: nn.Module,
         recipe: Recipe,
         alphas_cumprod: Tensor,
-        class_conditional: bool,
         *,
         flip: bool = False,
         min_snr_gamma: float | None = None,
     ) -> None:
         super().__init__(network, recipe)
-        self.class_conditional, self.flip = class_conditional, flip
+        self.flip = flip
         snr = alphas_cumprod / (1 - alphas_cumprod)
         weight = torch.ones_like(snr) if min_snr_gamma is None else snr.clamp(max=min_snr_gamma) / snr
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
@@ -169,6 +182,10 @@ class DiffusionTraining(TrainingModule):
         errors, timesteps = self._errors(self.network, images, labels)
         return (errors * self.get_buffer("loss_weight")[timesteps]).mean()
 
+    def conditioning(self, labels: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments of the network for images with these labels, ``(N,)``; here class labels."""
+        return {"class_labels": labels}
+
     def _errors(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of each image at a random timestep, and the timesteps; ``(N,)`` both."""
         x0 = images * 2 - 1
@@ -176,9 +193,8 @@ class DiffusionTraining(TrainingModule):
         timesteps = torch.randint(len(alphas_cumprod), (len(x0),), device=x0.device)
         noise = torch.randn_like(x0)
         alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        conditioning = {"class_labels": labels} if self.class_conditional else {}
         x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-        predicted = network(x, timesteps, **conditioning).sample
+        predicted = network(x, timesteps, **self.conditioning(labels)).sample
         return (predicted.float() - noise).square().mean((1, 2, 3)), timesteps
 
 
