@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot  # noqa: F401  what a run imports late
 import torch
 
-import tmpq_exp.pipeline
+import tmpq_exp.pipeline  # noqa: F401
 from tmpq_exp import __main__ as command_line
 
 TINY = (
@@ -85,7 +85,6 @@ def _run(directory: Path, overrides: tuple[str, ...], prepare: Prepare | None) -
     with directory.with_suffix(".log").open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    assert tmpq_exp.pipeline.run
     torch.set_num_threads(1)
     sys.argv = ["tmpq-exp", *overrides, f"hydra.run.dir={directory}"]
     if prepare is not None:

@@ -122,7 +122,13 @@ READERS: dict[str, Callable[[Path], Any]] = {
 """Every kind of binary file that is read, by its reader."""
 
 
-@pytest.mark.parametrize("name", READERS)
+SLOW_READERS = ("alexnet.pth", "inception.pth")
+"""They build their network first."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_READERS else name for name in READERS]
+)
 @pytest.mark.parametrize("form", ["pickle", "torch", "legacy torch", "numpy"])
 def test_a_hostile_pickle_is_refused_unread(name: str, form: str, tmp_path: Path) -> None:
     path, trace = tmp_path / name, tmp_path / "trace"

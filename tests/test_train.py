@@ -65,6 +65,7 @@ def test_a_diffusion_model_is_assessed_with_its_averaged_weights(tmp_path: Path)
     assert "fd_digits, 8 images, DDIM, 3 quadratic steps" in card
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_a_stopped_training_goes_on_from_its_last_checkpoint_unless_that_is_hostile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
