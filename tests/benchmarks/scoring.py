@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.search.objective import Objective, Protocol
 from tmpq_exp.search.trials import TrialLog
 from tmpq_exp.zoo.digits import DigitsDDPM
-from tmpq_exp.zoo.task import task_layers
+from tmpq_exp.zoo.task import DiffusionTask, task_layers
 
 
 def forward_share(num_images: int, num_steps: int, num_candidates: int) -> float:
@@ -33,10 +34,9 @@ def forward_share(num_images: int, num_steps: int, num_candidates: int) -> float
     """
     task = DigitsDDPM().task()
     cost = CostModel(task_layers(task))
-    weights = [(8,) if isinstance(shape, AttentionShape) else (8, 7, 6, 5) for shape in cost.layers]
-    module = SupernetModule(task, cost.layers, weights, [(8, 7, 6, 5)] * len(cost), QuantConfig())
+    module = calibrated_module(task, (8, 7, 6, 5))
+    weights = [layer.weight_choices for layer in module.supernet.layers]
     schedule = spaced_timesteps(task.num_train_timesteps, num_steps, TimestepSpacing.QUADRATIC)
-    _calibrate(module)
     inside = 0.0
     forward = module.supernet.forward
 
@@ -71,9 +71,11 @@ def forward_share(num_images: int, num_steps: int, num_candidates: int) -> float
         return inside / (time.perf_counter() - start)
 
 
-def _calibrate(module: SupernetModule) -> None:
-    """Ranges from a few states."""
-    states = trajectory_states(module.task, 4, 4, 0)
+def calibrated_module(task: DiffusionTask, bits: Sequence[int]) -> SupernetModule:
+    """A supernet that holds these bits everywhere, but 8 for the softmax, with ranges from a few states."""
+    layers = task_layers(task)
+    weights = [(8,) if isinstance(shape, AttentionShape) else tuple(bits) for shape in layers]
+    module = SupernetModule(task, layers, weights, [tuple(bits)] * len(layers), QuantConfig())
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -82,7 +84,8 @@ def _calibrate(module: SupernetModule) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(CalibrationModule(module.supernet, states, CalibrationConfig(), 0))
+    trainer.fit(CalibrationModule(module.supernet, trajectory_states(task, 4, 4, 0), CalibrationConfig(), 0))
+    return module
 
 
 def frechet_seconds(dimensions: int) -> float:

@@ -16,6 +16,7 @@ from tests.benchmarks.timing import Measurement, measurement, time_ratios
 from tmpq_exp.config import QuantConfig, QuantizerConfig
 from tmpq_exp.cost import AttentionShape
 from tmpq_exp.quant.allocation import DIRECT_TILE, Allocation
+from tmpq_exp.quant.layers import WeightedLayer
 from tmpq_exp.quant.primitives import RangeEstimator
 from tmpq_exp.quant.supernet import Supernet
 from tmpq_exp.trace import trace_layers
@@ -27,7 +28,12 @@ SUPERNET_GOAL = 1.10
 COMPILED_GOAL = 1.15
 """The same on a GPU for the compiled supernet, against the float network as it is."""
 
+STATE_GOAL = 1.05
+"""Most bytes of the quantized state of four bit widths, in float32 copies of the network."""
+
 BITS, SOFTMAX_BITS = 6, 8
+
+WIDTHS = (8, 7, 6, 5)
 
 
 def cifar_unet() -> nn.Module:
@@ -202,12 +208,33 @@ def plain_ratio(case: Case, rounds: int, *, compiled: bool = False) -> Measureme
     return measurement(f"plain fake quantization / {kind}, {case.name}", ratios, "x ours", None, case.device_name)
 
 
+@torch.inference_mode()
+def state_ratio(name: str, network: Any) -> Measurement:
+    """Bytes of all that a supernet of four bit widths holds beside the float weights, learned roundings included, over
+    those of one float32 copy of the network."""
+    labels = {} if network.config.num_class_embeds is None else {"class_labels": torch.zeros(1, dtype=torch.long)}
+    case = Case(name, network, torch.zeros(1, network.config.in_channels, *[network.config.sample_size] * 2), labels)
+    layers = trace_layers(network, case.call)
+    supernet = Supernet(network, layers, [WIDTHS] * len(layers), [WIDTHS] * len(layers), QuantConfig())
+    for layer in supernet.layers:
+        if isinstance(layer, WeightedLayer):
+            quantizer, rows = layer.weight_rows()
+            quantizer.estimate(rows)
+            quantizer.start_rounding(layer.float_layer.weight)
+    held = sum(tensor.nbytes for tensor in supernet.quantizer_state().values())
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    title = f"state of {len(WIDTHS)} bit widths / float32 copy, {name}"
+    return measurement(title, [held / weights], "x", STATE_GOAL)
+
+
 def supernet_benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
     """Those of this module by name; with a GPU also there."""
     cifar = "CIFAR-10 DDIM 35.7 M"
     found: dict[str, Callable[[], Measurement]] = {
         "supernet ddpm_digits": lambda: supernet_ratio(Case.of("ddpm_digits", digits_unet, 16), 3 * rounds),
         "supernet cifar10": lambda: supernet_ratio(Case.of(cifar, cifar_unet, 16), rounds),
+        "state ddpm_digits": lambda: state_ratio("ddpm_digits", digits_unet()),
+        "state cifar10": lambda: state_ratio(cifar, cifar_unet()),
         "plain ddpm_digits": lambda: plain_ratio(Case.of("ddpm_digits", digits_unet, 16), rounds),
         "plain cifar10": lambda: plain_ratio(Case.of(cifar, cifar_unet, 16), rounds),
     }

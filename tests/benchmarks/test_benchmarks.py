@@ -11,8 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.benchmarks.naive import naive_ratio
 from tests.benchmarks.scoring import forward_share, frechet_seconds
-from tests.benchmarks.supernets import Case, cifar_unet, digits_unet, plain_ratio, supernet_ratio, uniform_supernet
+from tests.benchmarks.supernets import (
+    Case,
+    cifar_unet,
+    digits_unet,
+    plain_ratio,
+    state_ratio,
+    supernet_ratio,
+    uniform_supernet,
+)
 from tests.benchmarks.workers import two_workers
 from tmpq_exp.config import CalibrationConfig
 
@@ -38,13 +47,16 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
         bench.winograd_memory(4, 1, 8),
         bench.candidate_rate(3, 1),
         bench.image_seconds(3, 2, 1),
+        naive_ratio(64, 1, 1),
+        state_ratio("ddpm_digits", digits_unet()),
     ]
     bench.write(tmp_path / "new" / "bench.json", measurements)
     lines = json.loads((tmp_path / "new" / "bench.json").read_text())
-    assert [set(line) for line in lines] == [{"name", "ratio", "unit", "goal", "met", "spread", "device"}] * 7
+    assert [set(line) for line in lines] == [{"name", "ratio", "unit", "goal", "met", "spread", "device"}] * 9
     assert all(line["ratio"] > 0 for line in lines)
-    assert [line["met"] is None for line in lines] == [False, True, False, True, False, False, False]
-    assert bench.table(measurements).row_count == 7
+    assert lines[-1]["met"]  # no timing: bytes
+    assert [line["met"] is None for line in lines] == [False, True, False, True, False, False, False, False, False]
+    assert bench.table(measurements).row_count == 9
 
 
 @pytest.mark.slow

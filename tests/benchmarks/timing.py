@@ -49,7 +49,11 @@ def measurement(
 
 def rate(name: str, rates: Sequence[float], goal: float | None) -> Measurement:
     """Candidates a second: the goal is a lowest one."""
-    line = measurement(name, rates, "1/s", None)
+    return at_least(goal, measurement(name, rates, "1/s", None))
+
+
+def at_least(goal: float | None, line: Measurement) -> Measurement:
+    """A line whose goal is the lowest value that is acceptable."""
     return replace(line, goal=goal, met=None if goal is None else line.ratio >= goal)
 
 

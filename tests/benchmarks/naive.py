@@ -1,0 +1,96 @@
+"""A candidate's score as a naive loop takes it, against ours: the same images, feature network and distance."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from pytorch_fid.fid_score import calculate_activation_statistics, calculate_frechet_distance
+from torch import Tensor, nn
+from torchvision.utils import save_image
+
+from tests.benchmarks.scoring import calibrated_module
+from tests.benchmarks.supernets import BITS, SOFTMAX_BITS, plain_network
+from tests.benchmarks.timing import Measurement, at_least, measurement, time_ratios
+from tmpq_exp.cost import AttentionShape, CostModel
+from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
+from tmpq_exp.metrics.frechet import digits_frechet
+from tmpq_exp.quant.allocation import DIRECT_TILE, Allocation, Candidate
+from tmpq_exp.search.objective import Objective, Protocol
+from tmpq_exp.search.trials import TrialLog
+from tmpq_exp.zoo.digits import DigitsDDPM
+
+NAIVE_GOAL = 10.0
+"""Fewest times that the naive loop may take longer."""
+
+MICRO_BATCH = 64
+
+
+class Features(nn.Module):
+    """A feature network in the form that pytorch-fid asks for: three equal channels in, a list of maps out."""
+
+    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """``(N, 3, H, W) -> [(N, d, 1, 1)]``."""
+        return [self.network(images[:, :1])[:, :, None, None]]
+
+
+def naive_ratio(num_images: int, num_steps: int, rounds: int) -> Measurement:
+    """Time of a naive loop over ours for one candidate of ddpm_digits at W6A6.
+
+    The loop estimates ranges for the candidate, quantizes weights in every call, writes each image as a PNG and lets
+    pytorch-fid read, extract and compare. Ours does the same through ``Objective``, with the trial's line on disk;
+    the float reference's images, which it compares with besides, are made before.
+    """
+    task = DigitsDDPM().task()
+    module = calibrated_module(task, (BITS,))
+    metric = digits_frechet()
+    steps = spaced_timesteps(task.num_train_timesteps, num_steps, TimestepSpacing.QUADRATIC)
+    statistics, layers = metric.reference, module.supernet.shapes
+    weights = tuple(SOFTMAX_BITS if isinstance(shape, AttentionShape) else BITS for shape in layers)
+    allocation = Allocation(weights, (BITS,) * len(layers), (DIRECT_TILE,) * len(layers))
+    batches = [range(first, first + MICRO_BATCH) for first in range(0, num_images, MICRO_BATCH)]
+
+    def naive(folder: Path) -> float:
+        plain = plain_network(task.unet, task.probe)
+        for indices in batches:
+            for index, image in zip(indices, task.sample(plain, indices, steps, 0), strict=True):
+                save_image(image, folder / f"{index}.png")
+        files = sorted(folder.glob("*.png"))[:num_images]
+        mean, covariance = calculate_activation_statistics(
+            files, Features(metric.network.features), 50, statistics.mean.numel(), "cpu", 0
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of scipy, about how pytorch-fid asks for the root, and of few images
+            found: float = calculate_frechet_distance(
+                mean, covariance, statistics.mean.numpy(), statistics.covariance.numpy()
+            )
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        trials = TrialLog(Path(folder) / "trials.jsonl")
+        objective = Objective(
+            module,
+            metric,
+            Protocol(num_images, 0, MICRO_BATCH),
+            CostModel(layers),
+            trials,
+            reference_candidate=Candidate(steps, (allocation,)),
+            state="of this call",
+            on_trial=lambda _: None,
+        )
+        objective.evaluate(Candidate(steps, (allocation,)), "search")
+        others = iter(range(1, 10**6))
+        ratios = time_ratios(
+            lambda: naive(Path(folder)),
+            lambda: objective.evaluate(Candidate((steps[0] + next(others), *steps[1:]), (allocation,)), "search"),
+            rounds,
+            round_seconds=0,
+        )
+    line = measurement(f"naive loop / ours, a candidate of ddpm_digits, {num_images} images", ratios, "x ours", None)
+    return at_least(NAIVE_GOAL, line)
