@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import matplotlib.pyplot  # noqa: F401  what a run imports late
+import pytest
 import torch
 
 import tmpq_exp.pipeline  # noqa: F401
@@ -35,9 +36,12 @@ Prepare = Callable[[], None]
 
 
 def warm_up() -> None:
-    """Let the process be there from which all others are forked."""
-    process = _FORKS.Process(target=os.getpid)
-    process.start()
+    """Let the process be there from which all others are forked; it finds these tests, whatever else is called so."""
+    path = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+        process = _FORKS.Process(target=os.getpid)
+        process.start()
     process.join(TIMEOUT)
 
 

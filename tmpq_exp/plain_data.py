@@ -29,7 +29,7 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
     """
     value = parse_json(text)
     if not isinstance(value, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError(f"it must hold a JSON object, found {type(value).__name__}")
     return value
 
 
