@@ -316,6 +316,17 @@ def test_tiles_are_searched_and_then_alone_for_the_winner(tmp_path: Path) -> Non
         run_here(tmp_path / "other", "experiment=joint_winograd", f"space.recipe={tmp_path}/nothing.json", *FEW)
 
 
+@pytest.mark.slow
+def test_tiles_bring_a_winner_of_few_bits_below_what_the_highest_bits_cost(tmp_path: Path) -> None:
+    bits, joint = ["budget.weight_bits=6", "budget.act_bits=6"], "experiment=joint_winograd"
+    run_here(tmp_path / "first", joint, "ablation=in_turn_first", *bits, *FEW)
+    second = [f"space.recipe={tmp_path}/first/recipe.json", "budget=w5a5"]
+    run_here(tmp_path / "second", joint, "ablation=in_turn_second", *second, *FEW)
+    report = json.loads((tmp_path / "second" / "report.json").read_text())
+    rule = next(entry for entry in report["baselines"] if entry["name"] == "winograd_rule")
+    assert report["best"]["bitops"] <= report["budget"]["bitops"] >= rule["bitops"]
+
+
 def layer_tiles(record: Mapping[str, Any]) -> set[int]:
     """Tiles that any layer of a trial's or a recipe's candidate has."""
     return {tile for allocation in record["candidate"]["allocations"] for tile in allocation["tiles"]}
