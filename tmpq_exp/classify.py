@@ -9,12 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tmpq_exp.classification import BITS, Row, Study, allocation, evaluate, prepare, winograd_row
 from tmpq_exp.config import Config
 from tmpq_exp.metrics.accuracy import wilson_interval
-from tmpq_exp.progress import quiet_lightning
+from tmpq_exp.progress import print_table, quiet_lightning
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.report.classification import SCHEMA, classification_table, write_classification_json
 from tmpq_exp.report.classification_page import classification_html
@@ -54,7 +52,7 @@ def classify(config: Config, resolved: dict[str, Any]) -> None:
             for record in classification_records(report):
                 tracker.log_trial(record)
             tracker.log_results(classification_results(report))
-    Console().print(classification_table(report))
+    print_table(classification_table(report))
     print(f"report  {run.report_html}")
     say_notice(tracker)
 

@@ -8,16 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tmpq_exp.config import Config, UserError
+from tmpq_exp.progress import print_table
 from tmpq_exp.report.comparison import ComparedRun, groups_of, mixed_message, write_comparison_csv
 from tmpq_exp.report.comparison_page import comparison_html, comparison_tables
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.runs import differing_settings, past_runs
-
-LEAST_WIDTH = 110
-"""Columns of the terminal's table, so that names of runs are not cut where nothing says how wide it may be."""
 
 
 def compare(config: Config, resolved: dict[str, Any]) -> None:
@@ -53,10 +49,8 @@ def compare(config: Config, resolved: dict[str, Any]) -> None:
         directory = RunDirectory.claim(path, resolved)
         comparison_html(directory.comparison_html, runs)
         write_comparison_csv(directory.comparison_csv, runs)
-    console = Console()
-    console.width = max(console.width, LEAST_WIDTH)
     for table in tables:
-        console.print(table)
+        print_table(table)
     for message in filter(None, [mixed_message(groups)]):
         print(f"note: {message}", file=sys.stderr)
     print(f"report  {directory.comparison_html}\ncsv     {directory.comparison_csv}")

@@ -9,13 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tmpq_exp.calibrating import calibrate
 from tmpq_exp.config import Config
 from tmpq_exp.experiment import Experiment, prepare
 from tmpq_exp.forecast import say_forecast
-from tmpq_exp.progress import quiet_lightning
+from tmpq_exp.progress import print_table, quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.ranks import RankExecutor, Ranks, started
 from tmpq_exp.recipe import apply_recipe, write_recipe
@@ -90,11 +88,10 @@ def _drive(config: Config, resolved: dict[str, Any], ranks: Ranks | None) -> Non
             records = picture_records(experiment, search_objective)
             _write_pages(directory, report, records, rows, winner)
             tracker.log_results(run_results(directory, [asdict(trial) for trial in trials.trials], report))
-    console = Console()
-    console.print(summary_table(report))
+    print_table(summary_table(report))
     further = further_table(report)
     if further is not None:
-        console.print(further)
+        print_table(further)
     print(f"report  {directory.report_html}\nrecipe  {directory.recipe}")
     say_notice(tracker)
 

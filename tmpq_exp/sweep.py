@@ -8,18 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.job_record import RECORD_NAME, JobRecord, JobState, read_record, state_now
 from tmpq_exp.overrides import EXIT_UNEXPECTED
+from tmpq_exp.progress import print_table
 from tmpq_exp.report.sweep_page import SweptJob, sweep_html, sweep_table
 from tmpq_exp.rundir import writing
 from tmpq_exp.runs import read_run
 
 PAGE_NAME = "sweep.html"
-LEAST_WIDTH = 100
-"""Columns of the terminal's table, so that causes can be read where nothing says how wide it may be."""
 
 
 def list_sweeps(config: Config, resolved: dict[str, Any]) -> None:
@@ -51,9 +48,7 @@ def conclude(place: Path) -> int:
         return 0
     with writing(place):
         sweep_html(place / PAGE_NAME, place.name, jobs)
-    console = Console()
-    console.width = max(console.width, LEAST_WIDTH)
-    console.print(sweep_table(place.name, jobs))
+    print_table(sweep_table(place.name, jobs))
     print(f"sweep   {place / PAGE_NAME}")
     undone = [job for job in jobs if job.state in (JobState.FAILED, JobState.STOPPED)]
     if undone:

@@ -7,17 +7,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
 from tmpq_exp.config import Config, PaperConfig, UserError
 from tmpq_exp.config.identity import flatten
 from tmpq_exp.files import replace_file
+from tmpq_exp.progress import print_table
 from tmpq_exp.report.paper_table import PaperRow, latex, markdown, notes_of, paper_rows, terminal_tables
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.runs import PastRun, past_runs
-
-LEAST_WIDTH = 140
-"""Columns of the terminal's table, so that figures are not cut where nothing says how wide it may be."""
 
 
 def tabulate(config: Config, resolved: dict[str, Any]) -> None:
@@ -39,10 +36,8 @@ def tabulate(config: Config, resolved: dict[str, Any]) -> None:
         directory = RunDirectory.claim(path, resolved)
         replace_file(directory.table_markdown, markdown(rows).encode())
         replace_file(directory.table_latex, latex(rows).encode())
-    console = Console()
-    console.width = max(console.width, LEAST_WIDTH)
     for table in terminal_tables(rows):
-        console.print(table)
+        print_table(table)
     for note in notes_of(rows):
         print(f"note: {note}")
     print(f"table  {directory.table_markdown}\nlatex  {directory.table_latex}")
