@@ -38,6 +38,21 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def hydra() -> Iterator[None]:
+    """One initialized Hydra for a file, which composes the package's configuration."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from tmpq_exp.config import register_schema
+    from tmpq_exp.jobs import conf_dir
+
+    register_schema()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        yield
+
+
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random InceptionV3 weights in a file that both libraries read; activations keep their size."""

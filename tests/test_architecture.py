@@ -20,6 +20,7 @@ ORDER = (
     "locks",
     "seeding",
     "progress",
+    "terminal",
     # (1) what a candidate is, configuration, exact algebra, timestep sequences, pure functions
     "quant",
     "quant.allocation",

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import tmpq_exp
 from tmpq_exp.__main__ import conf_dir
-from tmpq_exp.config import register_schema, to_config
+from tmpq_exp.config import to_config
 from tmpq_exp.metrics.inception import PYTORCH_FID_URL
 from tmpq_exp.zoo.stand_ins import PROMPTS, pipeline_stand_in
 
@@ -96,14 +95,6 @@ def test_a_comment_above_a_block_says_what_tests_replace(tmp_path: Path) -> None
     (line,) = lines(block.text)
     assert small(line, block.replaced).split() == ["make", "-n", "all", "cpu", "now"]
     assert small(f"{PROGRAM} tier=full  # why", []) == f"{PROGRAM} tier=full num_threads=1 # why"
-
-
-@pytest.fixture(scope="module")
-def hydra() -> Iterator[None]:
-    register_schema()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        yield
 
 
 @pytest.mark.slow

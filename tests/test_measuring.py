@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from hydra.errors import InstantiationException
 
-from tmpq_exp.__main__ import conf_dir
-from tmpq_exp.config import Config, UserError, register_schema, to_config
+from tmpq_exp.config import Config, UserError, to_config
 from tmpq_exp.measuring import chosen_metrics
 from tmpq_exp.metrics.metric import MissingWeights
 from tmpq_exp.overrides import is_bad_input
@@ -21,14 +18,7 @@ from tmpq_exp.zoo.conditioning import Prompts
 from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.task import DiffusionTask
 
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra() -> Iterator[None]:
-    """One initialized Hydra for the file."""
-    register_schema()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        yield
+pytestmark = pytest.mark.usefixtures("hydra")
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from tmpq_exp.__main__ import conf_dir, run_job
-from tmpq_exp.config import STAND_INS, PaperConfig, UserError, register_schema, to_config
+from tmpq_exp.config import STAND_INS, PaperConfig, UserError, to_config
 from tmpq_exp.report.classification import validate_classification
 from tmpq_exp.report.content import validate_report
 from tmpq_exp.smoke import METRIC
@@ -36,12 +34,7 @@ ROWS = [name for name in EXPERIMENTS if name.startswith(FOLDERS) and not name.st
 """Presets of a row of a paper; the two commands for classifiers of one's own are none."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hydra() -> Iterator[None]:
-    register_schema()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        yield
+pytestmark = pytest.mark.usefixtures("hydra")
 
 
 @cache

@@ -12,10 +12,9 @@ from typing import Any
 
 import lightning as L
 import pytest
-from rich.table import Table
 
 from tmpq_exp import progress
-from tmpq_exp.progress import StageBar, StageProgress, print_table
+from tmpq_exp.progress import StageBar, StageProgress
 
 
 def test_without_a_terminal_a_stage_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,16 +136,3 @@ def test_a_terminal_shows_a_bar_with_eta_and_note(tmp_path: Path) -> None:
     assert "4/4" in text
     assert re.search(r"eta\s+0:00:0\d", text)
     assert "best fd 6" in text
-
-
-def test_no_figure_of_a_table_is_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
-    table = Table(title="figures")
-    row = [f"{number}.123456789" for number in range(12)]
-    for number in row:
-        table.add_column(f"column {number}")
-    table.add_row(*row)
-    print_table(table)
-    printed = capsys.readouterr().out
-    assert all(number in printed for number in row)
-    assert "…" not in printed

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
-from tmpq_exp.__main__ import conf_dir
-from tmpq_exp.config import UserError, register_schema, to_config
+from tmpq_exp.config import UserError, to_config
 from tmpq_exp.rundir import flatten
 from tmpq_exp.smoke import METRIC, POPULATION, small_search, with_stand_in
 
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra() -> Iterator[None]:
-    register_schema()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        yield
+pytestmark = pytest.mark.usefixtures("hydra")
 
 
 def composed(*overrides: str) -> DictConfig:

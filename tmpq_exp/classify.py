@@ -12,11 +12,12 @@ from typing import Any
 from tmpq_exp.classification import BITS, Row, Study, allocation, evaluate, prepare, winograd_row
 from tmpq_exp.config import Config
 from tmpq_exp.metrics.accuracy import wilson_interval
-from tmpq_exp.progress import print_table, quiet_lightning
+from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.report.classification import SCHEMA, classification_table, write_classification_json
 from tmpq_exp.report.classification_page import classification_html
 from tmpq_exp.rundir import RunDirectory, writing
+from tmpq_exp.terminal import print_table
 from tmpq_exp.tracking import Job, classification_records, classification_results, finishing, open_tracker, say_notice
 from tmpq_exp.winograd.scales import (
     ScaleSet,

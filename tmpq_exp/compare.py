@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tmpq_exp.config import Config, UserError
-from tmpq_exp.progress import print_table
 from tmpq_exp.report.comparison import ComparedRun, groups_of, mixed_message, write_comparison_csv
 from tmpq_exp.report.comparison_page import comparison_html, comparison_tables
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.runs import differing_settings, past_runs
+from tmpq_exp.terminal import print_table
 
 
 def compare(config: Config, resolved: dict[str, Any]) -> None:

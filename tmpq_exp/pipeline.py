@@ -13,7 +13,7 @@ from tmpq_exp.calibrating import calibrate
 from tmpq_exp.config import Config
 from tmpq_exp.experiment import Experiment, prepare
 from tmpq_exp.forecast import say_forecast
-from tmpq_exp.progress import print_table, quiet_lightning
+from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.ranks import RankExecutor, Ranks, started
 from tmpq_exp.recipe import apply_recipe, write_recipe
@@ -22,6 +22,7 @@ from tmpq_exp.results import assemble_report, picture_records, sample_rows
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.stages import Shipped, evaluate, search, select, specialize
+from tmpq_exp.terminal import print_table
 from tmpq_exp.tiling import winograd_scales
 from tmpq_exp.tracking import Job, NullTracker, Tracker, finishing, open_tracker, run_results, say_notice
 from tmpq_exp.weighing import weigh

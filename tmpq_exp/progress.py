@@ -12,12 +12,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 LINE_INTERVAL_SECONDS = 10.0
-
-MAX_TABLE_WIDTH = 400
-"""Most columns of text that a printed table takes."""
 
 EXPECTED_WARNINGS = (
     r".*configure_optimizers. returned .None.",  # calibration and search need no optimizer
@@ -38,13 +34,6 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def print_table(table: Table) -> None:
-    """Print a table at its full width: where a terminal is narrower its lines wrap, and no figure is cut."""
-    console = Console()
-    needed = console.measure(table, options=console.options.update(max_width=MAX_TABLE_WIDTH)).maximum
-    Console(width=max(console.width, needed)).print(table)
-
-
 class StageBar:
     """Progress of one stage, as a context manager.
 
@@ -62,8 +51,6 @@ class StageBar:
     def __enter__(self) -> StageBar:
         self._start = self._last_line = time.monotonic()
         if sys.stderr.isatty():
-            from rich.console import Console
-
             self._bar = Progress(
                 TextColumn("{task.description:<16}"),
                 BarColumn(),

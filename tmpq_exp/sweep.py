@@ -11,10 +11,10 @@ from typing import Any
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.job_record import RECORD_NAME, JobRecord, JobState, read_record, state_now
 from tmpq_exp.overrides import EXIT_UNEXPECTED
-from tmpq_exp.progress import print_table
 from tmpq_exp.report.sweep_page import SweptJob, sweep_html, sweep_table
 from tmpq_exp.rundir import writing
 from tmpq_exp.runs import read_run
+from tmpq_exp.terminal import print_table
 
 PAGE_NAME = "sweep.html"
 

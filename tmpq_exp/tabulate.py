@@ -11,10 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 from tmpq_exp.config import Config, PaperConfig, UserError
 from tmpq_exp.config.identity import flatten
 from tmpq_exp.files import replace_file
-from tmpq_exp.progress import print_table
 from tmpq_exp.report.paper_table import PaperRow, latex, markdown, notes_of, paper_rows, terminal_tables
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.runs import PastRun, past_runs
+from tmpq_exp.terminal import print_table
 
 
 def tabulate(config: Config, resolved: dict[str, Any]) -> None:
