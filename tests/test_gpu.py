@@ -46,6 +46,7 @@ def test_a_supernet_moves_to_the_gpu_and_back() -> None:
     assert module.to("cpu").images(candidate, range(8), seed=0).equal(before)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of torch's own, as inductor starts
 def test_compiled_subnets_on_the_gpu_make_the_same_images_up_to_rounding() -> None:
     task = DigitsDDPM().task()
     layers = task_layers(task)

@@ -114,6 +114,14 @@ def test_ranks_end_with_rank_0_and_one_process_takes_over(count: int, alone: Pat
 
 
 @pytest.mark.slow
+def test_ranks_end_with_rank_0_before_they_have_met(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", *TINY, *TWO)
+    wait_until(lambda: any(b"tmpq_exp" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(process)))
+    process.kill()
+    process.communicate(timeout=60)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_killed_at_random_moments_change_nothing(seed: int, alone: Path, tmp_path: Path) -> None:
     directory, rng = tmp_path / "run", random.Random(seed)

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from threading import Thread
 from typing import Any
 
 import torch
@@ -37,6 +40,9 @@ from tmpq_exp.worker import Blueprint, Order, Worker
 
 PATIENCE = timedelta(days=30)
 """How long a rank waits for the others, which may calibrate for days; a rank that dies is noticed at once."""
+
+MAIN_PID = "TMPQ_EXP_RANK_0_PID"
+"""Environment variable that tells a process which rank 0 has started it."""
 
 OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script"
 """Logger of Lightning's observer of the processes that it started."""
@@ -184,9 +190,12 @@ def _join(config: Config) -> Ranks:
     launcher, environment = strategy.launcher, strategy.cluster_environment
     assert launcher is not None
     assert environment is not None
-    if not environment.creates_processes_externally:
+    if environment.local_rank() > 0 and MAIN_PID in os.environ:
+        Thread(target=_end_with, args=(int(os.environ[MAIN_PID]),), daemon=True, name="main-process-observer").start()
+    elif not environment.creates_processes_externally:
         _refuse_sweep()
         _say_when_a_rank_dies()
+        os.environ[MAIN_PID] = str(os.getpid())  # which the processes to be started find
     launcher.launch(strategy.setup_environment)
     if config.num_threads is not None:  # Lightning shares the processor out
         torch.set_num_threads(config.num_threads)
@@ -203,6 +212,16 @@ def _refuse_sweep() -> None:
             "trainer: jobs of a sweep cannot start ranks of their own in one process; set trainer.devices=1, or give "
             "each job processes of its own by hydra/launcher=submitit_slurm"
         )
+
+
+def _end_with(main_pid: int) -> None:
+    """End this process within a second of the one that started it.
+
+    A rank that waits for rank 0 to open the group would do so for half an hour where rank 0 was killed before.
+    """
+    while os.getppid() == main_pid:
+        time.sleep(1)
+    os._exit(1)
 
 
 ADVICE = "what was recorded is safe, start again with the same hydra.run.dir"
