@@ -419,6 +419,7 @@ def test_the_page_needs_nothing_from_elsewhere(smoke: Path) -> None:
 
 
 def test_the_recipe_gives_the_reported_figures_back(smoke: Path, report: dict[str, Any]) -> None:
+    assert no_warning_of_the_recipe(report)
     best = report["best"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -431,6 +432,16 @@ def test_the_recipe_gives_the_reported_figures_back(smoke: Path, report: dict[st
     finally:
         torch.set_num_threads(threads)
     assert list(model.timesteps) == best["timesteps"]
+
+
+@pytest.mark.slow
+def test_the_recipe_agrees_where_fewer_images_are_asked_for_than_a_forward_holds(tmp_path: Path) -> None:
+    run_here(tmp_path / "run", "quant=groupwise", "winograd=f6", "evaluation.num_images=3", "evaluation.micro_batch=8")
+    assert no_warning_of_the_recipe(json.loads((tmp_path / "run" / "report.json").read_text()))
+
+
+def no_warning_of_the_recipe(report: Mapping[str, Any]) -> bool:
+    return not [warning for warning in report["warnings"] if warning.startswith("recipe.json")]
 
 
 def test_the_same_seed_repeats_in_another_directory(runs: Runs, smoke: Path, report: dict[str, Any]) -> None:

@@ -61,5 +61,7 @@ def _damaged_reports() -> Iterator[None]:
     """Reports have their keys, but anything may stand under them."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"runs: a report.json holds a value of another kind than it should ({error!r})") from error

@@ -73,6 +73,7 @@ def _drive(config: Config, resolved: dict[str, Any], ranks: Ranks | None) -> Non
             evidence = weigh(experiment, algorithm, search_objective, winner)
             shipped = specialize(experiment, winner)
             finals, final_objective = evaluate(experiment, shipped)
+            shipping = _ship(experiment, shipped, finals["best"])
             report = assemble_report(
                 experiment,
                 winograd,
@@ -82,9 +83,8 @@ def _drive(config: Config, resolved: dict[str, Any], ranks: Ranks | None) -> Non
                 evidence,
                 search_objective,
                 final_objective,
-                [*trials.warnings, *experiment.warnings],
+                [*trials.warnings, *experiment.warnings, *shipping],
             )
-            _ship(experiment, shipped, finals["best"])
             rows = sample_rows(experiment, shipped, final_objective.protocol.seed)
             records = picture_records(experiment, search_objective)
             _write_pages(directory, report, records, rows, winner)
@@ -113,8 +113,8 @@ def _executing(experiment: Experiment, resolved: dict[str, Any], ranks: Ranks | 
         yield
 
 
-def _ship(experiment: Experiment, shipped: Shipped, trial: Trial) -> None:
-    """Write the recipe, and make sure that it gives the winner's images back to the last bit."""
+def _ship(experiment: Experiment, shipped: Shipped, trial: Trial) -> list[str]:
+    """Write the recipe; a warning if it does not give the winner's images back to the last bit."""
     directory, module = experiment.run, shipped.module
     micro_batch = trial.micro_batch or experiment.config.evaluation.micro_batch
     write_recipe(
@@ -126,10 +126,14 @@ def _ship(experiment: Experiment, shipped: Shipped, trial: Trial) -> None:
         micro_batch=micro_batch,
         evidence={"metrics": trial.metrics, "num_images": trial.num_images, "seed": trial.seed},
     )
-    compressed = apply_recipe(directory.recipe, module.task)
-    indices = range(min(micro_batch, trial.num_images))
-    restored = compressed.sample(len(indices), trial.seed)
-    assert restored.equal(module.images(shipped.candidate, indices, trial.seed).cpu()), "the recipe gives other images"
+    restored = apply_recipe(directory.recipe, module.task).sample(micro_batch, trial.seed)
+    made = module.images(shipped.candidate, range(micro_batch), trial.seed).cpu()
+    if restored.equal(made):
+        return []
+    difference = (restored - made).abs().max()
+    warning = f"recipe.json gives the winner's images back only to within {difference:.1g} of a range of 1"
+    print(f"warning: {warning}", file=sys.stderr)
+    return [warning]
 
 
 def _write_pages(

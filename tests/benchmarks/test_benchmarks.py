@@ -62,7 +62,7 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_benchmark_of_workers_runs() -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
-    small = ("tier=smoke", "objective.num_images=8", "objective.control_images=8")
+    small = ("tier=smoke", "objective.num_images=8", "objective.proxy_images=8", "objective.control_images=8")
     assert two_workers(1, 2, *small).ratio > 0
 
 

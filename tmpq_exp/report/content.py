@@ -112,7 +112,8 @@ def validate_report(report: Mapping[str, Any]) -> None:
         report: Content of a ``report.json``; keys beyond the documented ones are accepted.
 
     Raises:
-        ValueError: If a key or a baseline is missing, or the schema is another; the message gives its full path.
+        ValueError: If a key or a baseline is missing, the schema is another, or a cost or mean bits are no number above
+            0; the message gives the full path.
     """
     require(report, REPORT_KEYS, "report")
     if report["schema"] != SCHEMA:
@@ -130,6 +131,8 @@ def validate_report(report: Mapping[str, Any]) -> None:
         require(entry, ENTRY_KEYS, place)
         require(entry["bits"], ("weight_bits_mean", "act_bits_mean", "label"), f"{place}.bits")
         require(entry["metrics"], (report["metric"],), f"{place}.metrics")
+        _require_positive(entry, ("bitops",), place)
+        _require_positive(entry["bits"], ("weight_bits_mean", "act_bits_mean"), f"{place}.bits")
     _refuse_mixed_fingerprints(report)
     for index, tile in enumerate(report["winograd"]):
         require(tile, WINOGRAD_KEYS, f"report.winograd[{index}]")
@@ -175,6 +178,13 @@ def require(found: Any, keys: Mapping[str, str] | tuple[str, ...], place: str) -
         if key not in found:
             meaning = f" ({keys[key]})" if isinstance(keys, Mapping) and key in keys else ""
             raise ValueError(f"{place} misses the key {key!r}{meaning}; it has {sorted(map(str, found))}")
+
+
+def _require_positive(found: Mapping[str, Any], keys: tuple[str, ...], place: str) -> None:
+    for key in keys:
+        value = found[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{place}.{key} must be a number above 0, found {value!r}")
 
 
 def plain(value: Any) -> Any:
