@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINE_INTERVAL_SECONDS = 10.0
 
 EXPECTED_WARNINGS = (
+    r"TensorFloat32 tensor cores for float32 matrix multiplication",  # of inductor; products of matrices stay float32
     r".*configure_optimizers. returned .None.",  # calibration and search need no optimizer
     r"Found \d+ module\(s\) in eval mode at the start of training",  # networks are quantized as they are used
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 with torch 2.15
@@ -23,7 +24,7 @@ EXPECTED_WARNINGS = (
     r"You passed in a .val_dataloader. but have no",  # a data module may hold out images that a recipe leaves alone
     r"Checkpoint directory .* exists and is not empty",  # training writes its checkpoints into the run directory
 )
-"""Warnings of Lightning that say nothing here; the command line and the tests leave them out, and no others."""
+"""Warnings of libraries that say nothing here; the command line and the tests leave them out, and no others."""
 
 
 def quiet_lightning() -> None:

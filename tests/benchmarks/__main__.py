@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks.calibration import demo_config, demo_seconds, loss_ratio
+from tests.benchmarks.growth import images_growth, layers_growth, widths_growth
 from tests.benchmarks.naive import naive_ratio
 from tests.benchmarks.scoring import forward_share, frechet_seconds
 from tests.benchmarks.supernets import BITS, SOFTMAX_BITS, cifar_unet, supernet_benchmarks
@@ -177,6 +178,9 @@ def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
         "workers": lambda: _workers(few),
         "scoring": lambda: scoring_share(few),
         "naive loop": lambda: naive_ratio(128, 10, few),
+        "growth images": lambda: images_growth(128, 10, few),
+        "growth layers": lambda: layers_growth(rounds),
+        "growth widths": lambda: widths_growth(few),
         "frechet": lambda: measurement(
             "Frechet distance, 2048 dimensions", [frechet_seconds(2048) for _ in range(3)], "s", FRECHET_GOAL_SECONDS
         ),

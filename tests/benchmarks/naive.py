@@ -11,21 +11,14 @@ from pytorch_fid.fid_score import calculate_activation_statistics, calculate_fre
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from tests.benchmarks.scoring import calibrated_module
-from tests.benchmarks.supernets import BITS, SOFTMAX_BITS, plain_network
+from tests.benchmarks.scoring import MICRO_BATCH, calibrated_module, digits_objective, others_like, uniform_candidate
+from tests.benchmarks.supernets import BITS, plain_network
 from tests.benchmarks.timing import Measurement, at_least, measurement, time_ratios
-from tmpq_exp.cost import AttentionShape, CostModel
-from tmpq_exp.diffusion.schedule import TimestepSpacing, spaced_timesteps
 from tmpq_exp.metrics.frechet import digits_frechet
-from tmpq_exp.quant.allocation import DIRECT_TILE, Allocation, Candidate
-from tmpq_exp.search.objective import Objective, Protocol
-from tmpq_exp.search.trials import TrialLog
 from tmpq_exp.zoo.digits import DigitsDDPM
 
 NAIVE_GOAL = 10.0
 """Fewest times that the naive loop may take longer."""
-
-MICRO_BATCH = 64
 
 
 class Features(nn.Module):
@@ -50,45 +43,31 @@ def naive_ratio(num_images: int, num_steps: int, rounds: int) -> Measurement:
     task = DigitsDDPM().task()
     module = calibrated_module(task, (BITS,))
     metric = digits_frechet()
-    steps = spaced_timesteps(task.num_train_timesteps, num_steps, TimestepSpacing.QUADRATIC)
-    statistics, layers = metric.reference, module.supernet.shapes
-    weights = tuple(SOFTMAX_BITS if isinstance(shape, AttentionShape) else BITS for shape in layers)
-    allocation = Allocation(weights, (BITS,) * len(layers), (DIRECT_TILE,) * len(layers))
+    candidate = uniform_candidate(module, BITS, num_steps)
     batches = [range(first, first + MICRO_BATCH) for first in range(0, num_images, MICRO_BATCH)]
 
     def naive(folder: Path) -> float:
         plain = plain_network(task.unet, task.probe)
         for indices in batches:
-            for index, image in zip(indices, task.sample(plain, indices, steps, 0), strict=True):
+            for index, image in zip(indices, task.sample(plain, indices, candidate.timesteps, 0), strict=True):
                 save_image(image, folder / f"{index}.png")
         files = sorted(folder.glob("*.png"))[:num_images]
         mean, covariance = calculate_activation_statistics(
-            files, Features(metric.network.features), 50, statistics.mean.numel(), "cpu", 0
+            files, Features(metric.network.features), 50, metric.reference.mean.numel(), "cpu", 0
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of scipy, about how pytorch-fid asks for the root, and of few images
             found: float = calculate_frechet_distance(
-                mean, covariance, statistics.mean.numpy(), statistics.covariance.numpy()
+                mean, covariance, metric.reference.mean.numpy(), metric.reference.covariance.numpy()
             )
         return found
 
-    with tempfile.TemporaryDirectory() as folder:
-        trials = TrialLog(Path(folder) / "trials.jsonl")
-        objective = Objective(
-            module,
-            metric,
-            Protocol(num_images, 0, MICRO_BATCH),
-            CostModel(layers),
-            trials,
-            reference_candidate=Candidate(steps, (allocation,)),
-            state="of this call",
-            on_trial=lambda _: None,
-        )
-        objective.evaluate(Candidate(steps, (allocation,)), "search")
-        others = iter(range(1, 10**6))
+    with tempfile.TemporaryDirectory() as folder, digits_objective(module, candidate, num_images) as objective:
+        objective.evaluate(candidate, "search")
+        others = others_like(candidate)
         ratios = time_ratios(
             lambda: naive(Path(folder)),
-            lambda: objective.evaluate(Candidate((steps[0] + next(others), *steps[1:]), (allocation,)), "search"),
+            lambda: objective.evaluate(next(others), "search"),
             rounds,
             round_seconds=0,
         )

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.benchmarks.growth import images_growth, layers_growth, widths_growth
 from tests.benchmarks.naive import naive_ratio
 from tests.benchmarks.scoring import forward_share, frechet_seconds
 from tests.benchmarks.supernets import (
@@ -43,7 +44,7 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
         supernet_ratio(Case.of("ddpm_digits", digits_unet, 2), 1),
         plain_ratio(Case.of("ddpm_digits", digits_unet, 2), 1),
         bench.winograd_ratio(4, 1, 8, 2),
-        bench.winograd_ratio(4, 1, 8, 2, shaped=True),
+        bench.winograd_ratio(4, 1, 8, 1, shaped=True),
         bench.winograd_memory(4, 1, 8),
         bench.candidate_rate(3, 1),
         bench.image_seconds(3, 2, 1),
@@ -57,6 +58,11 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
     assert lines[-1]["met"]  # no timing: bytes
     assert [line["met"] is None for line in lines] == [False, True, False, True, False, False, False, False, False]
     assert bench.table(measurements).row_count == 9
+
+
+def test_the_benchmarks_of_growth_run() -> None:
+    lines = [images_growth(2, 1, 1), layers_growth(1), widths_growth(1)]
+    assert all(line.ratio > 0 and line.goal is None for line in lines)
 
 
 @pytest.mark.slow
