@@ -155,6 +155,7 @@ ORDER = (
     # (5) the line, and its parts
     "measuring",
     "trainers",
+    "batch_size",
     "choices",
     "experiment",
     "worker",

@@ -57,6 +57,11 @@ class ConvShape:
         height, width = self.kernel_size
         return self.out_channels * (self.in_channels // self.groups) * height * width
 
+    @property
+    def num_inputs(self) -> int:
+        """Values that it reads, where its stride divides its input."""
+        return self.in_channels * self.out_height * self.out_width * self.stride[0] * self.stride[1]
+
     def tile_size(self, tile: int) -> int:
         """Side n = m + r - 1 of the transformed tile of F(m, r).
 
@@ -211,6 +216,11 @@ class LinearShape(_DirectOnly):
         """in_features x out_features."""
         return self.in_features * self.out_features
 
+    @property
+    def num_inputs(self) -> int:
+        """Values that it reads."""
+        return self.in_features * self.positions
+
 
 @dataclass(frozen=True)
 class AttentionShape(_DirectOnly):
@@ -246,6 +256,11 @@ class AttentionShape(_DirectOnly):
     def num_weights(self) -> int:
         """0: both operands are activations."""
         return 0
+
+    @property
+    def num_inputs(self) -> int:
+        """Values of q, k and v."""
+        return self.heads * (self.queries * self.head_dim + self.keys * (self.head_dim + self.value_dim))
 
     def bitops(self, weight_bits: int, act_bits: int, tile: int) -> int:
         """M q k + M softmax v, where M is the MACs of each product."""

@@ -15,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
+from tmpq_exp.batch_size import fitting_micro_batch
 from tmpq_exp.choices import examined_tiles, held_bits, search_space, used_tiles, winograd_spec, with_tile
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.config.identity import digest
@@ -72,6 +73,7 @@ class Experiment:
         trials: Evaluations so far.
         on_trial: Called with every new trial.
         device: Where images are made, the Trainer's.
+        micro_batch: Images a forward.
         winograd: Specification and scales of the tiles in use.
         tile_rule: Where tiles are searched, the candidate of the data-free rule for them; None if none fits.
         calibration: Losses of block-wise calibration.
@@ -89,6 +91,7 @@ class Experiment:
     trials: TrialLog
     on_trial: Callable[[Trial], None]
     device: torch.device
+    micro_batch: int
     winograd: dict[int, tuple[WinogradSpec, ScaleSet]] = field(default_factory=dict)
     tile_rule: Candidate | None = None
     further: tuple[Metric, ...] = ()
@@ -199,7 +202,7 @@ class Experiment:
         """
         seed = self.search_seed if stream == "search" else self.config.seed
         config = self.config.evaluation
-        protocol = Protocol(num_images, stream_seed(seed, stream), config.micro_batch, config.paired_images)
+        protocol = Protocol(num_images, stream_seed(seed, stream), self.micro_batch, config.paired_images)
         return self.objective_under(protocol, module, controlled=stream != "final", **arguments)
 
     def objective_under(
@@ -250,7 +253,7 @@ class Experiment:
         num_images = self.config.objective.control_images
         if num_images == 0 or not isinstance(self.metric, FrechetMetric):
             return None
-        protocol = Protocol(num_images, stream_seed(self.config.seed, "control"), self.config.evaluation.micro_batch)
+        protocol = Protocol(num_images, stream_seed(self.config.seed, "control"), self.micro_batch)
         return Control(self._images, self.metric, self.uniform(self.seed_timesteps(), FLOAT_BITS, FLOAT_BITS), protocol)
 
 
@@ -279,7 +282,10 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     weight_choices, act_choices = held_bits(config, space, cost.layers)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)
     device = own_device(config)
-    experiment = Experiment(config, run, task, metrics.quality, cost, space, 0, module, trials, on_trial, device)
+    images = _micro_batch(config, run, cost, device)
+    experiment = Experiment(
+        config, run, task, metrics.quality, cost, space, 0, module, trials, on_trial, device, images
+    )
     experiment.further, experiment.warnings = metrics.further, metrics.warnings
     experiment.budget_bitops = _budget_bitops(experiment)
     experiment.standard_schedule(config.evaluation.reference_steps)  # what is wrong fails here, not after the search
@@ -289,6 +295,14 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
             read_scales(Path(config.winograd.scales_from), spec)
     make_search(experiment)
     return experiment
+
+
+def _micro_batch(config: Config, run: RunDirectory, cost: CostModel, device: torch.device) -> int:
+    """Images a forward: as configured, else as many as memory sufficed for when the run first started."""
+    if config.evaluation.micro_batch is not None:
+        return config.evaluation.micro_batch
+    found = run.stage("micro batch", [], [], lambda: fitting_micro_batch(cost.layers, cost.calls_per_step, device))
+    return int(found)
 
 
 def _what_it_is_for(model: Any) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from tmpq_exp.batch_size import FLOAT_BYTES
 from tmpq_exp.choices import used_tiles, winograd_spec, with_tile
 from tmpq_exp.config import Config
-from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape
 from tmpq_exp.experiment import Experiment, prepare
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
@@ -42,7 +42,6 @@ MEASURED_CALLS = 5
 MEASURED_BITS = 8
 """Bits of the quantized network that is timed."""
 
-FLOAT_BYTES = 4
 
 TRIAL_BYTES = 600
 """A line of trials.jsonl without its candidate."""
@@ -151,7 +150,7 @@ def measure_calls(experiment: Experiment) -> CallSeconds:
     """
     config, device = experiment.config, experiment.device
     timesteps = experiment.baselines()["float_k"].timesteps[:1]
-    indices = range(config.evaluation.micro_batch)
+    indices = range(experiment.micro_batch)
     candidates = [experiment.uniform(timesteps, bits, bits) for bits in (FLOAT_BITS, MEASURED_BITS)]
     tiles = used_tiles(config)
     module = _measured_network(experiment, candidates[1], tiles).to(device)
@@ -211,7 +210,7 @@ def cached_bytes(experiment: Experiment) -> int:
     if calibration.method != "ranges":
         widths = 1 if calibration.method == "sampled" else len(bit_widths(experiment.module.supernet.layers))
         num_states = calibration.num_images * calibration.num_timesteps
-        activations = FLOAT_BYTES * (1 + widths) * num_states * max(map(_num_inputs, experiment.layers))
+        activations = FLOAT_BYTES * (1 + widths) * num_states * max(shape.num_inputs for shape in experiment.layers)
     return min(weights, quant.cache_max_bytes) + min(activations, calibration.max_cache_bytes)
 
 
@@ -232,12 +231,3 @@ def _held_weights(experiment: Experiment) -> int:
     """Weights of all layers at all of their bit widths."""
     choices = [layer.weight_choices for layer in experiment.module.supernet.layers]
     return sum(s.num_weights * len(widths) for s, widths in zip(experiment.layers, choices, strict=True))
-
-
-def _num_inputs(shape: LayerShape) -> int:
-    """Values that a layer reads for one image."""
-    if isinstance(shape, ConvShape):
-        return shape.in_channels * shape.out_height * shape.out_width * shape.stride[0] * shape.stride[1]
-    if isinstance(shape, AttentionShape):
-        return shape.heads * shape.head_dim * shape.queries
-    return shape.in_features * shape.positions

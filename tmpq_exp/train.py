@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from tmpq_exp.batch_size import fitting_micro_batch
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.data import ImageData
 from tmpq_exp.diffusion.schedule import spaced_timesteps
@@ -28,7 +29,7 @@ from tmpq_exp.seeding import stream_seed
 from tmpq_exp.tracking import Job, Results, Tracker, TrainingCurve, finishing, open_tracker, say_notice
 from tmpq_exp.zoo.clip import ContrastiveNetwork, retrieval_percent
 from tmpq_exp.zoo.embedded import FeatureClassifier
-from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel
+from tmpq_exp.zoo.task import DiffusionTask, TrainableDiffusionModel, TrainableModel, task_layers
 from tmpq_exp.zoo.training import DiffusionTraining, TrainingModule, top1_percent
 from tmpq_exp.zoo.weights import write_tensors
 
@@ -218,7 +219,8 @@ def _device_name(device: torch.device) -> str:
 def _images(task: DiffusionTask, config: Config, num_steps: int) -> Iterator[Tensor]:
     timesteps = spaced_timesteps(task.num_train_timesteps, num_steps, task.spacing)
     seed = stream_seed(config.seed, "final")
-    batch = config.evaluation.micro_batch
+    device = next(task.unet.parameters()).device
+    batch = config.evaluation.micro_batch or fitting_micro_batch(task_layers(task), task.calls_per_step, device)
     for first in range(0, config.evaluation.num_images, batch):
         indices = range(first, min(first + batch, config.evaluation.num_images))
         with torch.inference_mode():

@@ -173,7 +173,8 @@ class EvaluationConfig:
             ``trailing``.
         reference_steps: Steps of the float reference.
         quantized_reference: Compare with W8A8 at the reference's timesteps too.
-        micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads.
+        micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads. Null: as many
+            as memory suffices for where the run starts, kept with the run.
         paired_images: Images compared with the float reference's of the same seeds (``psnr_db``, ``feature_mse``).
         bootstrap: Resamples behind the intervals over images, 0 for none.
         noise_seeds: Further seeds on which the winner is scored as the search did, to show the noise of its score.
@@ -195,7 +196,7 @@ class EvaluationConfig:
     baseline_spacings: list[str] = field(default_factory=lambda: ["quadratic"])
     reference_steps: int = 50
     quantized_reference: bool = False
-    micro_batch: int = 64
+    micro_batch: int | None = 64
     paired_images: int = 512
     bootstrap: int = 100
     noise_seeds: int = 2
@@ -208,7 +209,8 @@ class EvaluationConfig:
         check_at_least("evaluation.num_images", self.num_images, 2)
         check_at_least("evaluation.num_finalists", self.num_finalists, 1)
         check_at_least("evaluation.reference_steps", self.reference_steps, 1)
-        check_at_least("evaluation.micro_batch", self.micro_batch, 1)
+        if self.micro_batch is not None:
+            check_at_least("evaluation.micro_batch", self.micro_batch, 1)
         check_at_least("evaluation.paired_images", self.paired_images, 1)
         if self.selection_images is not None:
             check_at_least("evaluation.selection_images", self.selection_images, 2)
