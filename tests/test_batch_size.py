@@ -57,6 +57,11 @@ def test_a_run_keeps_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "told" / "trials.jsonl").read_bytes() == trials
 
 
+def test_lower_precision_is_for_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trainer\.precision must be 32-true .* found bf16-mixed; .*task=train"):
+        run_here(tmp_path / "run", *TINY, "+trainer.precision=bf16-mixed")
+
+
 def test_a_number_has_to_be_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluation\.micro_batch must be at least 1, found 0"):
         run_here(tmp_path / "run", *TINY, "evaluation.micro_batch=0")

@@ -180,7 +180,12 @@ def test_learning_keeps_both_figures_and_its_curve(report: dict[str, Any]) -> No
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(
-    inputs: Path, done: Path, report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path,
+    done: Path,
+    report: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(done, copy)
@@ -199,6 +204,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(
     monkeypatch.setattr(classification, "_measure", counted)
     run(inputs, copy, *SMALL)
     assert measured == ["f4_improved_closed_form", "f6_standard_shaped"]
+    assert re.search(r"^forecast  \d+ images in 2 rows, about \d:\d\d:\d\d here$", capfd.readouterr().err, re.MULTILINE)
     again = json.loads((copy / "report.json").read_text(encoding="utf-8"))
     assert again["classification"] == report["classification"]
     assert again["learning"] == report["learning"]

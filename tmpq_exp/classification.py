@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ from tmpq_exp.config import Config, Granularity, UserError, VariantConfig, Winog
 from tmpq_exp.config.identity import digest
 from tmpq_exp.cost import ConvShape, CostModel, is_eligible
 from tmpq_exp.data import ImageFolderData
+from tmpq_exp.forecast import duration
 from tmpq_exp.metrics.accuracy import count_correct
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation
@@ -43,6 +47,9 @@ from tmpq_exp.zoo.task import ClassificationModel, ClassificationTask
 
 BITS = 8
 """Bits of weights and activations of every quantized row, and of x, V and U of Winograd layers."""
+
+FORECAST_IMAGES = 8
+"""Images that the forecast times a row on."""
 
 _WINOGRAD_UNITS = 8
 """What a batch counts in the progress bar as a Winograd row; 1 in a direct one. Only the remaining time knows it."""
@@ -236,9 +243,39 @@ def evaluate(study: Study, rows: list[Row]) -> dict[str, dict[str, Any]]:
         row.name: (f"evaluate {row.name}", [study.fingerprint, study.config.seed, *_inputs(study, row)]) for row in rows
     }
     pending = [row for row in rows if not study.run.is_done(*stages[row.name])]
+    _say_forecast(study, pending)
     units = study.data.num_batches * sum(_units(row) for row in pending)
     with StageBar("evaluate", units) as bar:
         return {row.name: study.run.stage(*stages[row.name], [], partial(_measure, study, row, bar)) for row in rows}
+
+
+@torch.inference_mode()
+def _say_forecast(study: Study, rows: Sequence[Row]) -> None:
+    """What the rows will take, from the second of two calls of each on a few images."""
+    if not rows:
+        return
+    images = next(iter(study.data.test_dataloader()))[0][:FORECAST_IMAGES].to(study.device)
+    taken = 0.0
+    for row in rows:
+        with _as(study, row):
+            for _ in range(2):
+                start = time.perf_counter()
+                study.supernet(images).cpu()
+                last = time.perf_counter() - start
+        taken += last * len(study.data.samples) / len(images)
+    print(
+        f"forecast  {len(study.data.samples):,} images in {len(rows)} rows, about {duration(taken)} here",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+@contextmanager
+def _as(study: Study, row: Row) -> Iterator[None]:
+    """The network at the bits, tile and scales of a row."""
+    study.supernet.set_winograd({} if row.spec is None or row.scales is None else {row.spec.m: (row.spec, row.scales)})
+    with study.supernet.subnet(allocation(study.cost, row)):
+        yield
 
 
 def _inputs(study: Study, row: Row) -> list[Any]:
@@ -250,11 +287,11 @@ def _units(row: Row) -> int:
 
 
 def _measure(study: Study, row: Row, bar: StageBar) -> dict[str, Any]:
-    supernet = study.supernet
-    supernet.set_winograd({} if row.spec is None or row.scales is None else {row.spec.m: (row.spec, row.scales)})
-    with supernet.subnet(allocation(study.cost, row)):
+    with _as(study, row):
         by_layer = {} if row.bits == FLOAT_BITS else dict(_noise_sqnr_db(study))
-        correct = count_correct(supernet, study.data.test_dataloader(), lambda: bar.advance(_units(row), row.name))
+        correct = count_correct(
+            study.supernet, study.data.test_dataloader(), lambda: bar.advance(_units(row), row.name)
+        )
     return {"num_correct": correct, "layer_sqnr_db": by_layer}
 
 

@@ -39,7 +39,9 @@ def _usage(recipe: Mapping[str, Any]) -> str:
     needs_folder = recipe["source"]["kind"] == "pipeline" and not recipe["packed"] and recipe["source"]["hub"] is None
     argument = ', pipeline="FOLDER_OF_THE_FLOAT_PIPELINE"' if needs_folder else ""
     what = (
-        "`recipe.safetensors` holds the weights as packed integers and all scales; the float U-Net is not needed."
+        "`recipe.safetensors` holds the weights as packed integers and all scales; the float U-Net is "
+        "not needed. Of layers that some step runs as a Winograd tile it holds float32 weights: their integers, n x n "
+        "taps for every 3 x 3, would take as much room or more."
         if recipe["packed"]
         else "`recipe.safetensors` holds scales, zero points and learned roundings; weights are the float model's."
     )

@@ -45,8 +45,14 @@ def num_ranks(trainer: L.Trainer) -> int:
 
 
 def own_device(config: Config) -> torch.device:
-    """The device of this process: the group's, of several the one of this rank."""
-    device: torch.device = group_trainer(config).strategy.root_device
+    """The device of this process: the group's, of several the one of this rank.
+
+    Raises:
+        UserError: See ``_require_float32``.
+    """
+    trainer = group_trainer(config)
+    _require_float32(trainer)
+    device: torch.device = trainer.strategy.root_device
     return device
 
 
@@ -54,12 +60,22 @@ def single_device(config: Config) -> torch.device:
     """The device of the trainer group, where only one can be used.
 
     Raises:
-        UserError: If the group has several devices.
+        UserError: If the group has several devices; and see ``_require_float32``.
     """
     trainer = group_trainer(config)
+    _require_float32(trainer)
     if num_ranks(trainer) != 1:
         raise UserError(
             f"trainer: this task runs on one device, found {num_ranks(trainer)} devices; set trainer.devices=1"
         )
     device: torch.device = trainer.strategy.root_device
     return device
+
+
+def _require_float32(trainer: L.Trainer) -> None:
+    """Refuse autocast: with 8 bits of mantissa a grid of 8 bits moves, and what is measured is no longer that grid."""
+    if trainer.precision != "32-true":
+        raise UserError(
+            "trainer.precision must be 32-true where networks are quantized, whose integers would be rounded once "
+            f"more, found {trainer.precision}; float networks can be trained with it (task=train)"
+        )

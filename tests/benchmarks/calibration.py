@@ -67,9 +67,10 @@ def calibrate(calibration: CalibrationConfig, bits: Sequence[int]) -> tuple[floa
     return time.perf_counter() - start, module.records
 
 
-def demo_seconds(calibration: CalibrationConfig) -> float:
-    """Seconds at the bit widths of the default space."""
-    return calibrate(calibration, demo_config().space.weight_bits)[0]
+def demo_seconds(calibration: CalibrationConfig) -> tuple[float, int]:
+    """Seconds at the bit widths of the default space, and the number of units."""
+    seconds, records = calibrate(calibration, demo_config().space.weight_bits)
+    return seconds, len({record.unit for record in records})
 
 
 def loss_ratio(calibration: CalibrationConfig, factor: int = 10) -> float:

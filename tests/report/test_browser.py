@@ -11,6 +11,9 @@ import pytest
 from tests.report.conftest import Tab
 from tests.report.example import LAYERS, make_report, make_trials, render
 from tests.report.test_page import with_pictures
+from tests.running import TINY, run_here
+from tmpq_exp.job_record import JobRecord, JobState, write_record
+from tmpq_exp.sweep import conclude
 
 Open = Callable[..., Tab]
 
@@ -157,3 +160,29 @@ def test_without_scripts_the_page_still_says_all_but_the_click(path: Path, chrom
     assert not page.locator(".needs-script").first.is_visible()
     assert not page.locator("#candidate").is_visible()
     context.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_pages_that_runs_have_written(written: Path, open_page: Open, width: int, scheme: str) -> None:
+    """A run, a comparison, a sweep: not examples, but what the command line leaves."""
+    for name in ("run/report.html", "compared/comparison.html", "sweep.html"):
+        tab = open_page(written / name, width=width, scheme=scheme)
+        assert tab.complaints == [], name
+        assert tab.page.evaluate("document.documentElement.scrollWidth") == width, f"{name} scrolls sideways"
+    tab = open_page(written / "run" / "report.html", width=width, scheme=scheme)
+    for part in ("summary", "results", "search", "samples", "bits", "timesteps", "winograd", "stages", "use"):
+        box = tab.page.locator(f"#{part}").bounding_box()
+        assert box is not None, part
+        assert box["height"] > 50, part
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run and a comparison, taken for a sweep."""
+    folder = tmp_path_factory.mktemp("written")
+    run_here(folder / "run", *TINY, "winograd.report_tiles=[2]", "winograd.learning.num_steps=1")
+    run_here(folder / "compared", "task=report", f"runs=[{folder / 'run'}]")
+    write_record(folder / "run", JobRecord(0, ["seed=0"], "seed=0", JobState.FINISHED, 0))
+    conclude(folder)
+    return folder
