@@ -143,6 +143,21 @@ def test_layers_come_out_as_the_theory_of_scales_and_points_says(report: dict[st
     assert sqnr["f6_standard_shaped"] > sqnr["f6_standard_closed_form"] + 5
 
 
+def test_every_tile_is_pictured_by_tap_stage_and_layer(report: dict[str, Any], done: Path) -> None:
+    assert tuple(f"f{tile['m']}_{tile['points']}" for tile in report["winograd"]) == TILES
+    for tile in report["winograd"]:
+        taps = (tile["m"] + 2) ** 2
+        for values in tile["range_map"].values():
+            assert sum(map(len, values)) == taps
+        sqnr = tile["stage_sqnr_db"]
+        assert set(sqnr) == {"input", "v", "u", "m", "all"}
+        for stage in ("input", "v", "u", "m"):
+            assert all(one > every for one, every in zip(sqnr[stage], sqnr["all"], strict=True))
+    page = (done / "report.html").read_text(encoding="utf-8")
+    assert page.count("Range of M over the taps of a tile") == 1
+    assert "F(4, 3), improved points" in page
+
+
 def test_multiplications_are_those_counted_by_hand(report: dict[str, Any]) -> None:
     # ResNet-20 at 12, 6 and 3 pixels: 3 -> 16, six 16 -> 16; 16 -> 32, five 32 -> 32; 32 -> 64, five 64 -> 64; 64 -> 3
     strided = 9 * (36 * 16 * 32 + 9 * 32 * 64)

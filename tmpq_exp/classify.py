@@ -6,24 +6,28 @@ import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tmpq_exp.classification import BITS, Row, Study, allocation, evaluate, prepare, winograd_row
-from tmpq_exp.config import Config
+from tmpq_exp.config import Config, TileConfig
 from tmpq_exp.metrics.accuracy import wilson_interval
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.report.classification import SCHEMA, classification_table, write_classification_json
 from tmpq_exp.report.classification_page import classification_html
 from tmpq_exp.rundir import RunDirectory, writing
+from tmpq_exp.seeding import stream_seed
 from tmpq_exp.terminal import print_table
+from tmpq_exp.tiling import pictured
 from tmpq_exp.tracking import Job, classification_records, classification_results, finishing, open_tracker, say_notice
 from tmpq_exp.winograd.scales import (
     ScaleSet,
     write_scales,
 )
 from tmpq_exp.winograd.spec import WinogradSpec
+from tmpq_exp.winograd.transform import standard_scales
 
 
 def classify(config: Config, resolved: dict[str, Any]) -> None:
@@ -74,7 +78,7 @@ def assemble(
         "fingerprint": study.fingerprint,
         "classification": [_entry(study, row, figures[row.name], num_images) for row in rows],
         "details": [_detail(study, row, figures[row.name]) for row in rows],
-        "winograd": [_tile(study, tile.m, tile.points, rows, figures) for tile in study.config.classification.tiles],
+        "winograd": [_tile(study, tile, rows, figures, learned) for tile in study.config.classification.tiles],
         "learning": [{k: v for k, v in found.items() if k != "scales"} for found in learned.values()],
         "stages": study.run.stage_seconds(),
         "environment": json.loads(study.run.environment.read_text(encoding="utf-8"))["starts"][-1],
@@ -138,14 +142,34 @@ def _detail(study: Study, row: Row, figures: Mapping[str, Any]) -> dict[str, Any
 
 
 def _tile(
-    study: Study, m: int, points: str, rows: list[Row], figures: Mapping[str, Mapping[str, Any]]
+    study: Study,
+    tile: TileConfig,
+    rows: list[Row],
+    figures: Mapping[str, Mapping[str, Any]],
+    learned: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """A tile as in the ``winograd`` list of every report."""
-    names = {kind: f"f{m}_{points}_{kind}" for kind in ("standard", "closed_form", "learned")}
-    return {
-        "m": m,
-        "points": points,
+    """A tile as in the ``winograd`` list of every report; drawn with the kept scales, or those of its last row."""
+    name = f"f{tile.m}_{tile.points}"
+    names = {kind: f"{name}_{kind}" for kind in ("standard", "closed_form", "learned")}
+    found = {
+        "m": tile.m,
+        "points": tile.points,
         "eligible_layers": [layer.name for layer in study.layers],
         "ineligible_layers": [{"name": name, "reason": reason} for name, reason in study.ineligible.items()],
         "sqnr_db": {kind: _median(figures[name]) if name in figures else None for kind, name in names.items()},
     }
+    shown = {kind: row for kind, name in names.items() for row in rows if row.name == name}
+    if not shown:
+        return found
+    kept, row = list(shown.items())[-1]
+    scales, spec = row.scales, row.spec
+    for one in learned.values():
+        if one["name"] == names["learned"]:
+            kept, scales = one["kept"], ScaleSet.from_json(one["scales"]["kept"])
+    assert spec is not None
+    assert scales is not None
+    inputs = [study.task.weights_hash, study.config.seed, asdict(spec), scales.to_json()]
+    seed = stream_seed(study.config.seed, "winograd", tile.m) % 2**32
+    standard = ScaleSet(standard_scales(spec.transform()))
+    compute = partial(pictured, study.layers, spec, standard, scales, seed)
+    return {**found, "kept": kept, **study.run.stage(f"pictures {name}", inputs, [], compute)}

@@ -126,7 +126,7 @@ def _learn_tile(experiment: Experiment, m: int) -> dict[str, Any]:
             input_sqnr_db(layer, inputs[layer.name], reported, s, REPORTED_BITS) for layer in layers
         )
     after = {place: of_kinds.pop("kept") for place, of_kinds in figures.items()}
-    pictures = _pictured(layers, spec, scales["standard"], scales["kept"], seed) if layers else {}
+    pictures = pictured(layers, spec, scales["standard"], scales["kept"], seed) if layers else {}
     return {
         "m": m,
         "points": config.points,
@@ -143,10 +143,10 @@ def _learn_tile(experiment: Experiment, m: int) -> dict[str, Any]:
     }
 
 
-def _pictured(
+def pictured(
     layers: Sequence[ConvWeight], spec: WinogradSpec, standard: ScaleSet, kept: ScaleSet, seed: int
 ) -> dict[str, Any]:
-    """What the report draws: M's range over the taps before and after scaling, and the SQNR of every stage and layer.
+    """What reports draw: M's range over the taps before and after scaling, and the SQNR of every stage and layer.
 
     Scales of layers that have their own are pictured by the geometric mean of their maps.
     """

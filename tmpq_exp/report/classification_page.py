@@ -11,6 +11,7 @@ from tmpq_exp.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, frame
 from tmpq_exp.report.classification import float_top1, points_lost, validate_classification
 from tmpq_exp.report.content import plain
 from tmpq_exp.report.page import stage_bars, template
+from tmpq_exp.report.winograd import winograd_pictures
 
 _DODGE = 9.0
 """Distance in the drawing of marks that cost the same."""
@@ -41,6 +42,7 @@ def classification_html(path: str | os.PathLike[str], report: Mapping[str, Any])
         "learning": [_learning(entry) for entry in content["learning"] if len(entry["curve_db"]) > 1],
         "layers": _layers(content),
         "layer_chart": layer_chart(content),
+        "winograd": winograd_pictures(content),
         "stages": stage_bars(content["stages"]),
     }
     replace_file(path, template("classification.html").render(context).encode())

@@ -25,18 +25,26 @@ def winograd_pictures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         report: Content of ``report.json``, with only JSON's own types.
 
     Returns:
-        By tile ``m``: ``maps`` (title and cells, before and after scaling), ``stages`` (groups of one block: rows of a
-        stage, cells of a layer) and ``curve`` (of learning); empty lists and None for what is missing.
+        By tile ``m``: ``label``, ``maps`` (title and cells, before and after scaling), ``stages`` (groups of one
+        block: rows of a stage, cells of a layer) and ``curve`` (of learning); empty lists and None for what is missing.
     """
     return [
         {
             "m": tile["m"],
+            "label": f"F({tile['m']}, 3)" + _points(tile, report["winograd"]),
             "maps": _maps(tile.get("range_map", {}), tile.get("kept", "")),
             "stages": _stage_groups(tile["eligible_layers"], tile["stage_sqnr_db"]) if "stage_sqnr_db" in tile else [],
             "curve": _curve(tile),
         }
         for tile in report["winograd"]
     ]
+
+
+def _points(tile: Mapping[str, Any], tiles: Sequence[Mapping[str, Any]]) -> str:
+    """The tile's points, where others of its size have other ones."""
+    if sum(other["m"] == tile["m"] for other in tiles) < 2:
+        return ""
+    return f", {tile['points']} points"
 
 
 def layer_block(name: str) -> str:
