@@ -219,7 +219,11 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(
     monkeypatch.setattr(classification, "_measure", counted)
     run(inputs, copy, *SMALL)
     assert measured == ["f4_improved_closed_form", "f6_standard_shaped"]
-    assert re.search(r"^forecast  \d+ images in 2 rows, about \d:\d\d:\d\d here$", capfd.readouterr().err, re.MULTILINE)
+    assert re.search(
+        r"^forecast  \d+ images in 2 rows, about \d:\d\d:\d\d here, scales learned$",
+        capfd.readouterr().err,
+        re.MULTILINE,
+    )
     again = json.loads((copy / "report.json").read_text(encoding="utf-8"))
     assert again["classification"] == report["classification"]
     assert again["learning"] == report["learning"]

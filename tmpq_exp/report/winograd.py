@@ -48,8 +48,10 @@ def _points(tile: Mapping[str, Any], tiles: Sequence[Mapping[str, Any]]) -> str:
 
 
 def layer_block(name: str) -> str:
-    """Block of the network that a layer belongs to, such as ``down_blocks.0`` or ``mid_block``."""
+    """Block of the network that a layer belongs to, such as ``down_blocks.0`` or ``mid_block``; ``layer1`` of a ResNet."""
     head, _, rest = name.partition(".")
+    if head.removeprefix("layer").isdigit():
+        return head
     position = rest.partition(".")[0]
     if "block" not in head:
         return "input, embedding, output"
