@@ -264,7 +264,8 @@ def _say_forecast(study: Study, rows: Sequence[Row]) -> None:
                 last = time.perf_counter() - start
         taken += last * len(study.data.samples) / len(images)
     print(
-        f"forecast  {len(study.data.samples):,} images in {len(rows)} rows, about {duration(taken)} here, scales learned",
+        f"forecast  {len(study.data.samples):,} images in {len(rows)} rows, about {duration(taken)} here, "
+        "scales learned",
         file=sys.stderr,
         flush=True,
     )

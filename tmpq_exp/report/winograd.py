@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,9 +49,9 @@ def _points(tile: Mapping[str, Any], tiles: Sequence[Mapping[str, Any]]) -> str:
 
 
 def layer_block(name: str) -> str:
-    """Block of the network that a layer belongs to, such as ``down_blocks.0`` or ``mid_block``; ``layer1`` of a ResNet."""
+    """Block of the network that a layer belongs to, such as ``down_blocks.0``, ``mid_block`` or a ResNet's ``layer1``."""
     head, _, rest = name.partition(".")
-    if head.removeprefix("layer").isdigit():
+    if re.fullmatch(r"layer\d+", head):
         return head
     position = rest.partition(".")[0]
     if "block" not in head:
