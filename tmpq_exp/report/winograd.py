@@ -49,7 +49,7 @@ def _points(tile: Mapping[str, Any], tiles: Sequence[Mapping[str, Any]]) -> str:
 
 
 def layer_block(name: str) -> str:
-    """Block of the network that a layer belongs to, such as ``down_blocks.0``, ``mid_block`` or a ResNet's ``layer1``."""
+    """Block of the network that a layer belongs to: ``down_blocks.0``, ``mid_block``, a ResNet's ``layer1``."""
     head, _, rest = name.partition(".")
     if re.fullmatch(r"layer\d+", head):
         return head
