@@ -13,7 +13,7 @@ from torchvision.utils import save_image
 
 from tests.benchmarks.scoring import MICRO_BATCH, calibrated_module, digits_objective, others_like, uniform_candidate
 from tests.benchmarks.supernets import BITS, plain_network
-from tests.benchmarks.timing import Measurement, at_least, measurement, time_ratios
+from tests.benchmarks.timing import Measurement, at_least, device_name, measurement, time_ratios
 from tmpq_exp.metrics.frechet import digits_frechet
 from tmpq_exp.zoo.digits import DigitsDDPM
 
@@ -33,7 +33,7 @@ class Features(nn.Module):
         return [self.network(images[:, :1])[:, :, None, None]]
 
 
-def naive_ratio(num_images: int, num_steps: int, rounds: int) -> Measurement:
+def naive_ratio(num_images: int, num_steps: int, rounds: int, device: str = "cpu") -> Measurement:
     """Time of a naive loop over ours for one candidate of ddpm_digits at W6A6.
 
     The loop estimates ranges for the candidate, quantizes weights in every call, writes each image as a PNG and lets
@@ -41,7 +41,7 @@ def naive_ratio(num_images: int, num_steps: int, rounds: int) -> Measurement:
     the float reference's images, which it compares with besides, are made before.
     """
     task = DigitsDDPM().task()
-    module = calibrated_module(task, (BITS,))
+    module = calibrated_module(task, (BITS,)).to(device)
     metric = digits_frechet()
     candidate = uniform_candidate(module, BITS, num_steps)
     batches = [range(first, first + MICRO_BATCH) for first in range(0, num_images, MICRO_BATCH)]
@@ -53,7 +53,7 @@ def naive_ratio(num_images: int, num_steps: int, rounds: int) -> Measurement:
                 save_image(image, folder / f"{index}.png")
         files = sorted(folder.glob("*.png"))[:num_images]
         mean, covariance = calculate_activation_statistics(
-            files, Features(metric.network.features), 50, metric.reference.mean.numel(), "cpu", 0
+            files, Features(metric.network.features), 50, metric.reference.mean.numel(), device, 0
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of scipy, about how pytorch-fid asks for the root, and of few images
@@ -71,5 +71,6 @@ def naive_ratio(num_images: int, num_steps: int, rounds: int) -> Measurement:
             rounds,
             round_seconds=0,
         )
-    line = measurement(f"naive loop / ours, a candidate of ddpm_digits, {num_images} images", ratios, "x ours", None)
+    name = f"naive loop / ours, a candidate of ddpm_digits, {num_images} images"
+    line = measurement(name, ratios, "x ours", None, device_name(device))
     return at_least(NAIVE_GOAL, line)

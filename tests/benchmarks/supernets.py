@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.benchmarks.timing import Measurement, measurement, time_ratios
+from tests.benchmarks.timing import Measurement, device_name, measurement, time_ratios
 from tmpq_exp.config import QuantConfig, QuantizerConfig
 from tmpq_exp.cost import AttentionShape
 from tmpq_exp.quant.allocation import DIRECT_TILE, Allocation
@@ -177,7 +177,7 @@ class Case:
     @property
     def device_name(self) -> str | None:
         """Name of the GPU; None on the CPU."""
-        return torch.cuda.get_device_name(self.x.device) if self.x.is_cuda else None
+        return device_name(self.x.device)
 
 
 def supernet_ratio(case: Case, rounds: int, *, compiled: bool = False) -> Measurement:

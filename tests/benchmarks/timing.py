@@ -57,6 +57,11 @@ def at_least(goal: float | None, line: Measurement) -> Measurement:
     return replace(line, goal=goal, met=None if goal is None else line.ratio >= goal)
 
 
+def device_name(device: torch.device | str) -> str | None:
+    """Name of a GPU; None for the CPU."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+
+
 def processor() -> str:
     """Name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
