@@ -15,7 +15,7 @@ from tmpq_exp.elastic import Actors  # noqa: E402
 
 
 @pytest.mark.slow
-def test_a_node_that_joins_is_used_and_one_that_leaves_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_joins_is_used_and_one_that_leaves_is_done_without() -> None:
     class Placed:
         def build(self, _: None) -> None:
             self.node = ray.get_runtime_context().get_node_id()
@@ -24,8 +24,6 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_is_done_without(monkeypat
             time.sleep(0.2)
             return number, self.node
 
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")

@@ -63,6 +63,7 @@ import sys
 from pathlib import Path
 from tmpq_exp.config import LoggerConfig
 from tmpq_exp.tracking import Job, Results, open_tracker, wandb_run
+wandb_run.INIT_TIMEOUT_SECONDS = 90  # a machine under load is no server that is gone
 wandb_run.FINISH_TIMEOUT_SECONDS = 3
 record = {"phase": "search", "bitops": 1, "macs": 1, "weight_bytes": 1, "metrics": {"fd": 1.0}, "key": "k"}
 tracker = open_tracker(LoggerConfig(mode="online"), Job(Path("."), "run", {}))
