@@ -68,13 +68,14 @@ def worker_processes(name: str) -> list[int]:
 def killing(name: str, seconds: float, run: Path | None = None, seed: int = 0) -> Iterator[list[int]]:
     """Kill an actor of a class at random moments, on average every so many seconds, while inside.
 
-    Of a run, a trial is recorded between two kills, or a slow machine would never have a worker that is up.
+    Of a run, a trial is recorded between two kills, or a slow machine would never have a worker that is up; the first
+    comes right behind the first trial, or a fast machine would be done before.
     """
     rng, over, killed = random.Random(seed), threading.Event(), list[int]()
 
     def kill() -> None:
         seen = 0
-        while not over.wait(rng.uniform(0, 2 * seconds)):
+        while not over.wait(rng.uniform(0, 2 * seconds) if killed or run is None else 0.1):
             processes, before = worker_processes(name), seen
             if run is not None:
                 seen = num_trials(run)
