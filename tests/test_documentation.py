@@ -109,7 +109,8 @@ def test_every_command_of_the_pages_composes_and_is_accepted(hydra: None, comman
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
         chosen.append(f"{override.get_key_element()}={values[-1]}" if values else str(override.input_line))
     kept = [override for override in chosen if not override.startswith("hydra")]
-    to_config(compose("config", [*kept, "paths.run_dir=somewhere"]))
+    config = to_config(compose("config", [*kept, "paths.run_dir=somewhere"]))  # refuses what cannot be
+    assert config.paths.run_dir == "somewhere"
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,7 @@ def test_every_command_of_the_readme_runs(number: int, home: Path) -> None:
         timeout=500,
     )
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert "recipe.json gives" not in done.stderr, "the recipe must give the winner's images back to the last bit"
 
 
 @pytest.mark.slow

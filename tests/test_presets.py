@@ -172,4 +172,5 @@ def test_the_smoke_tier_of_every_experiment_runs(
     validate_report(report)
     assert (report["metric"] == METRIC) is stands_in
     assert (tmp_path / "run" / "recipe.json").exists()
+    assert not [warning for warning in report["warnings"] if warning.startswith("recipe.json")]
     assert report["best"]["bitops"] <= report["budget"]["bitops"]
