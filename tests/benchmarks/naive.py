@@ -43,6 +43,7 @@ def naive_ratio(num_images: int, num_steps: int, rounds: int, device: str = "cpu
     task = DigitsDDPM().task()
     module = calibrated_module(task, (BITS,)).to(device)
     metric = digits_frechet()
+    metric.network.to(device)
     candidate = uniform_candidate(module, BITS, num_steps)
     batches = [range(first, first + MICRO_BATCH) for first in range(0, num_images, MICRO_BATCH)]
 
