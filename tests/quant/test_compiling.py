@@ -61,14 +61,24 @@ def test_what_cannot_be_held_runs_as_it_is(digits: Case, graphs: CompileCounterW
     plain, capped = pair(digits, cache_max_bytes=1000)
     with plain.subnet(mixed(digits, 0)), capped.subnet(mixed(digits, 0)):
         assert digits.run(capped).equal(digits.run(plain))
-    act = replace(FAST.act, granularity=Granularity.PER_GROUP.value, symmetric=True, estimator="minmax")
-    plain, dynamic = pair(digits, act=act)
-    with plain.subnet(mixed(digits, 0)), dynamic.subnet(mixed(digits, 0)):
-        assert digits.run(dynamic).equal(digits.run(plain))
+    plain, compiling = pair(digits)
     half = replace(digits.uniform(8), act_bits=(FLOAT_BITS,) * len(digits.layers))
-    with plain.subnet(half), dynamic.subnet(half):
-        assert digits.run(dynamic).equal(digits.run(plain))
+    with plain.subnet(half), compiling.subnet(half):
+        assert digits.run(compiling).equal(digits.run(plain))
     assert graphs.frame_count == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dynamic_scales_share_a_graph_too(digits: Case, graphs: CompileCounterWithBackend, symmetric: bool) -> None:
+    act = replace(FAST.act, granularity=Granularity.PER_GROUP.value, symmetric=symmetric, estimator="minmax")
+    plain, compiling = pair(digits, act=act)
+    images = []
+    for allocation in (digits.uniform(8), mixed(digits, 0), mixed(digits, 1)):
+        with plain.subnet(allocation), compiling.subnet(allocation):
+            images.append(digits.run(compiling))
+            assert images[-1].equal(digits.run(plain))
+    assert not images[0].equal(images[1])
+    assert graphs.frame_count == 1
 
 
 def test_new_parameters_are_used(digits: Case, graphs: CompileCounterWithBackend) -> None:

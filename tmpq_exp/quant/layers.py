@@ -158,7 +158,6 @@ class QuantLayer(nn.Module):
             and self.learning is None
             and setting.tile == DIRECT_TILE
             and FLOAT_BITS not in (setting.weight_bits, setting.act_bits)
-            and not any(quantizer.is_dynamic for quantizer in self.act_quantizers())
         )
 
     def hold(self, setting: LayerSetting) -> None:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from tmpq_exp.config import MAX_BITS, MIN_BITS
+
+Limits: TypeAlias = tuple[int, int] | tuple[Tensor, Tensor]
+"""Smallest and largest integer, as numbers or as tensors ``()``."""
 
 
 class RangeEstimator(str, Enum):
@@ -34,24 +38,28 @@ def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
     return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
-def scale_and_zero_point(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def scale_and_zero_point(low: Tensor, high: Tensor, bits: int | Limits, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Affine parameters whose integer range covers ``[low, high]``, widened to hold zero exactly.
 
     Args:
         low, high: Clipping range, any shape, ``low <= high``.
-        bits: 2..16.
+        bits: 2..16, or the ``integer_range`` of that many.
         symmetric: If so the zero point is 0 and the range is ``max(|low|, |high|)`` on both sides.
 
     Returns:
         ``(scale, zero_point)``, shaped like ``low``. The scale is never 0: a range that is a single zero gets scale 1.
     """
-    quant_min, quant_max = integer_range(bits, symmetric)
+    quant_min, quant_max = _limits(bits, symmetric)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = torch.maximum(-low, high) / quant_max if symmetric else (high - low) / (quant_max - quant_min)
     tiny = torch.finfo(scale.dtype).tiny
     scale = torch.where(scale > tiny, scale, torch.ones_like(scale))
     zero_point = torch.zeros_like(scale) if symmetric else (quant_min - low / scale).round_()
-    return scale, zero_point.clamp_(quant_min, quant_max)
+    return scale, zero_point.clamp_(quant_min, quant_max)  # type: ignore[arg-type]
+
+
+def _limits(bits: int | Limits, symmetric: bool) -> Limits:
+    return integer_range(bits, symmetric) if isinstance(bits, int) else bits
 
 
 def symmetric_scale(absmax: Tensor, bits: int) -> Tensor:
@@ -82,7 +90,13 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
 
 
 def fake_quantize_groups(
-    x: Tensor, channel_dim: int, group_size: int, shared_dims: Sequence[int], bits: int, *, symmetric: bool = True
+    x: Tensor,
+    channel_dim: int,
+    group_size: int,
+    shared_dims: Sequence[int],
+    bits: int | Limits,
+    *,
+    symmetric: bool = True,
 ) -> Tensor:
     """Dynamic fake quantization with one scale per group of channels, shared along ``shared_dims``.
 
@@ -95,7 +109,7 @@ def fake_quantize_groups(
         channel_dim: Dimension that is cut into groups, counted from the front.
         group_size: Channels of a group, at least 1; the last group may be shorter.
         shared_dims: Further dimensions over which a scale is shared, counted from the front.
-        bits: 2..16.
+        bits: 2..16, or the ``integer_range`` of that many.
         symmetric: Whether the zero point is 0.
     """
     num_channels = x.shape[channel_dim]
@@ -110,11 +124,11 @@ def fake_quantize_groups(
         dims = [*(d + (d > channel_dim) for d in shared_dims), channel_dim + 1]
         low, high = _extremes(part, dims)
         scale, zero_point = scale_and_zero_point(low, high, bits, symmetric)
-        quant_min, quant_max = integer_range(bits, symmetric)
+        quant_min, quant_max = _limits(bits, symmetric)
         if in_place:
             part.div_(scale).round_()
             if not symmetric:
-                torch.clamp(part, quant_min - zero_point, quant_max - zero_point, out=part)
+                part.clamp_(quant_min - zero_point, quant_max - zero_point)
             part.mul_(scale)
         else:
             integers = round_ste(part / scale)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tmpq_exp.config import Granularity, QuantizerConfig
 from tmpq_exp.quant.primitives import (
+    Limits,
     RangeEstimator,
     dequantize,
     estimate_range,
@@ -270,7 +271,7 @@ class ActQuantizer(Quantizer):
         scale, low, high = self._parameters_at.get((bits, x.dim())) or self._cache_parameters(bits, x)
         return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
 
-    def _dynamic(self, x: Tensor, bits: int) -> Tensor:
+    def _dynamic(self, x: Tensor, bits: int | Limits) -> Tensor:
         dim = self.channel_dim % x.dim()
         shared = tuple(d for d in range(1, x.dim()) if d != dim)
         symmetric = self.config.symmetric
@@ -314,20 +315,30 @@ class ActQuantizer(Quantizer):
         return parameters
 
     def hold(self, bits: int) -> None:
-        """Keep scale and integer limits of these bits at hand for ``quantize_held``."""
+        """Keep integer limits of these bits, and the scale of a static quantizer, at hand for ``quantize_held``."""
         held = self._held_at.get(bits)
         if held is None:
-            index = self.calibrated_choice(bits)
-            quant_min, quant_max = integer_range(bits, self.config.symmetric)
             with torch.inference_mode(False), torch.no_grad():
-                zero_point, scale = self.zero_point[index].clone(), self.scale[index].clone()
-                rows = (scale, quant_min - zero_point, quant_max - zero_point)
-                held = self._held_at[bits] = tuple(self._per_channel(values) for values in rows)
+                held = self._held_at[bits] = self._held_limits(bits) if self.is_dynamic else self._held_parameters(bits)
         self.held = held
+
+    def _held_limits(self, bits: int) -> tuple[Tensor, Tensor]:
+        low, high = integer_range(bits, self.config.symmetric)
+        return self.scale.new_tensor(low), self.scale.new_tensor(high)
+
+    def _held_parameters(self, bits: int) -> tuple[Tensor, ...]:
+        index = self.calibrated_choice(bits)
+        quant_min, quant_max = integer_range(bits, self.config.symmetric)
+        zero_point, scale = self.zero_point[index].clone(), self.scale[index].clone()
+        rows = (scale, quant_min - zero_point, quant_max - zero_point)
+        return tuple(self._per_channel(values) for values in rows)
 
     def quantize_held(self, x: Tensor) -> Tensor:
         """As ``forward`` at the bits held, from tensors alone; compiled it is one pass."""
         assert self.held is not None
+        if self.is_dynamic:
+            low, high = self.held
+            return self._dynamic(x, (low, high))
         scale, low, high = (self._against(values, x) for values in self.held)
         return torch.clamp(torch.round(x / scale), low, high) * scale
 
