@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.running import sorted_trials
-from tmpq_exp.config import CalibrationConfig, QuantConfig
+from tmpq_exp.config import CalibrationConfig, QuantConfig, QuantizerConfig
 from tmpq_exp.cost import AttentionShape
 from tmpq_exp.quant.activations import ActivationStore
 from tmpq_exp.quant.allocation import Allocation, Candidate
@@ -47,12 +47,14 @@ def test_a_supernet_moves_to_the_gpu_and_back() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of torch's own, as inductor starts
-def test_compiled_subnets_on_the_gpu_make_the_same_images_up_to_rounding() -> None:
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_group"])
+def test_compiled_subnets_on_the_gpu_make_the_same_images_up_to_rounding(granularity: str) -> None:
     task = DigitsDDPM().task()
     layers = task_layers(task)
+    act = QuantizerConfig(granularity=granularity, estimator="minmax")
     modules = [
-        SupernetModule(task, layers, [(8, 6)] * len(layers), [(8, 6)] * len(layers), QuantConfig(compile=compile))
-        for compile in (False, None)
+        SupernetModule(task, layers, [(8, 6)] * len(layers), [(8, 6)] * len(layers), QuantConfig(act=act, compile=flag))
+        for flag in (False, None)
     ]
     for module in modules:
         for name, quantizer in module.supernet.named_quantizers():
