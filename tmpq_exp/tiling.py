@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ def pictured(
 def tile_rule(experiment: Experiment) -> Candidate | None:
     """The data-free baseline: the tiles of least noise under the budget, at the schedule of the baselines.
 
-    Bits are uniform, the highest at which some choice of tiles fits the budget. Noise is the sum over layers of the
+    Weights have uniform bits and so have activations: of those at which some choice of tiles fits the budget, the
+    highest, first by the lower of the two. Noise is the sum over layers of the
     error's power over the output's, each measured on noise by the layer as a candidate would run it.
 
     Returns:
@@ -178,12 +180,13 @@ def tile_rule(experiment: Experiment) -> Candidate | None:
     timesteps = experiment.standard_schedule(config.space.num_inference_steps)
     seeds = noise_seeds(stream_seed(config.seed, "tile rule") % 2**32, 0, len(cost))
     calls = len(timesteps) * cost.calls_per_step
-    for bits in sorted(_bits_of_all(experiment.module.supernet), reverse=True):
-        direct = experiment.uniform(timesteps, bits, bits)
+    pairs = product(*_bits_of_all(experiment.module.supernet))
+    for weight_bits, act_bits in sorted(pairs, key=lambda pair: (min(pair), pair), reverse=True):
+        direct = experiment.uniform(timesteps, weight_bits, act_bits)
         (allocation,) = direct.allocations
         noises, bitops = [], []
         for index, tiles in enumerate(experiment.space.tile_choices):
-            settings = [LayerSetting(allocation.weight_bits[index], bits, tile) for tile in tiles]
+            settings = [LayerSetting(allocation.weight_bits[index], act_bits, tile) for tile in tiles]
             bitops.append({s.tile: cost.layer_bitops(index, s.weight_bits, s.act_bits, s.tile) for s in settings})
             layer, powers = experiment.module.supernet.layers[index], [0.0]
             if isinstance(layer, QuantConv2d) and len(tiles) > 1:
@@ -195,12 +198,10 @@ def tile_rule(experiment: Experiment) -> Candidate | None:
     return None
 
 
-def _bits_of_all(supernet: Supernet) -> set[int]:
-    """Bits that every layer holds for activations, and for weights where it has them."""
-    held = [set(layer.act_choices) for layer in supernet.layers]
-    return set.intersection(
-        *held, *(set(layer.weight_choices) for layer in supernet.layers if isinstance(layer, WeightedLayer))
-    )
+def _bits_of_all(supernet: Supernet) -> tuple[set[int], set[int]]:
+    """Bits that every layer holds for its weights, if it has any, and for its activations."""
+    weights = [set(layer.weight_choices) for layer in supernet.layers if isinstance(layer, WeightedLayer)]
+    return set.intersection(*weights), set.intersection(*(set(layer.act_choices) for layer in supernet.layers))
 
 
 @torch.inference_mode()
