@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from tests.metrics.conftest import natural_images
-from tmpq_exp.metrics.clip import ImageTextEncoder, PromptScore, clip_digits, clip_score
+from tmpq_exp.data import to_uint8
+from tmpq_exp.metrics.clip import ImageTextEncoder, LocalClip, PromptScore, clip_digits, clip_score
 from tmpq_exp.metrics.metric import Batch, MissingWeights
 from tmpq_exp.scenes import CaptionedDigits, captions
 from tmpq_exp.zoo.clip import DigitsCLIP
@@ -93,6 +97,68 @@ def test_the_score_is_torchmetrics(folder: Path) -> None:
     assert measurement.value() == pytest.approx(sum(one_by_one) / 4, rel=1e-4, abs=1e-3)
     low, high = measurement.interval(50, 0) or (0, 0)
     assert low < measurement.value() < high
+
+
+class Leaving(TorchFunctionMode):
+    """Notes calls that copy a tensor to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = list[str]()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_images_stay_where_they_are(folder: Path) -> None:
+    encoder = LocalClip(folder)
+    pixels = to_uint8(natural_images(3, 40, 0, channels=1))
+    with torch.inference_mode(), Leaving() as leaving:
+        encoder.image_features(pixels)
+    assert leaving.found == []
+    with leaving:
+        pixels.cpu().numpy()
+    assert leaving.found == ["cpu", "numpy"]
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 64), (24, 24), (32, 32)])
+def test_pixels_are_those_of_pil_within_two_gray_levels(shape: tuple[int, int], folder: Path) -> None:
+    """Weights of a resize have 8 bits in PIL and 16 or more in torch, and each of its two passes rounds to bytes."""
+    processor = LocalClip(folder).processor.image_processor
+    pixels = to_uint8(natural_images(3, 64, 0)[..., : shape[0], : shape[1]])
+    found = processor(list(pixels), return_tensors="pt")["pixel_values"]
+    level = 1 / (255 * torch.tensor(processor.image_std).view(3, 1, 1))
+    difference = ((found - torch.stack([by_pil(image, processor) for image in pixels])) / level).abs()
+    assert found.shape == (3, 3, 32, 32)
+    assert difference.max() < 2.01
+    assert difference.mean() < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_pixels_of_a_gpu_are_those_of_a_cpu_within_a_gray_level(folder: Path) -> None:
+    processor = LocalClip(folder).processor.image_processor
+    pixels = to_uint8(natural_images(3, 40, 0))
+    here, there = (processor(list(images), return_tensors="pt")["pixel_values"] for images in (pixels, pixels.cuda()))
+    assert there.device.type == "cuda"
+    level = 1 / (255 * torch.tensor(processor.image_std).view(3, 1, 1))
+    assert ((there.cpu() - here) / level).abs().max() < 1.01
+
+
+def by_pil(image: Tensor, processor: Any) -> Tensor:
+    """Pixels that the model gets of a colour image, by PIL: shorter side to 32, centre crop of 32, normalized."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    side = min(picture.size)
+    width, height = (length * 32 // side for length in picture.size)
+    left, top = (width - 32) // 2, (height - 32) // 2
+    cut = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
+    scaled = torch.from_numpy(np.array(cut)).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    return (scaled - mean) / std
 
 
 def test_long_prompts_are_cut_and_gray_images_are_coloured(folder: Path) -> None:

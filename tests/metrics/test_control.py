@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tmpq_exp.metrics.control import ControlledFrechet
+from tmpq_exp.metrics.control import RIDGE_IMAGES, ControlledFrechet
 from tmpq_exp.metrics.frechet import FrechetMetric, frechet_distance
 from tmpq_exp.metrics.metric import Batch
 from tmpq_exp.metrics.statistics import FeatureStatistics
@@ -91,6 +91,33 @@ def test_weights_count_images() -> None:
     once = controlled(metric, control, control[:40])
     expected = twice.distance(torch.cat([first[:40], first[:10]]))
     assert once.distance(first[:40], weights) == pytest.approx(expected, rel=1e-9)
+
+
+def by_single_features(variate: ControlledFrechet, features: Tensor) -> float:
+    """The estimate as its class states it, from every image's features."""
+    known, difference = variate.statistics(), features - variate.features()
+    control, centred = (x - x.mean(0) for x in (variate.features(), difference))
+    variances, covariances = (control.T @ x / (len(features) - 1) for x in (control, centred))
+    identity, size = torch.eye(DIM, dtype=torch.float64), variances.trace()
+    common = covariances.trace() / size * identity
+    ridge = RIDGE_IMAGES / len(features) * size / DIM * identity
+    slope = common + torch.linalg.solve(variances + ridge, covariances - variances @ common).T
+    carried = (identity + slope) @ known.covariance @ (identity + slope).T
+    rest = torch.cov((centred - control @ slope.T).T)
+    return variate.metric.distance(known.mean + difference.mean(0), carried + rest)
+
+
+@pytest.mark.parametrize("count", [5, 300])
+def test_running_sums_give_what_single_features_give(count: int) -> None:
+    metric, control, first, _ = populations(6)
+    images = to_pixels(first[:count]).float().view(count, 1, 3, 4)
+    variate = controlled(metric, to_pixels(control[2048:]), to_pixels(control[:count]))
+    measurement = variate.start()
+    for batch in images.split(7):
+        measurement.update(Batch(batch))
+    features = torch.cat([Batch(batch).features(metric.network) for batch in images.split(7)])
+    assert measurement.value() == pytest.approx(by_single_features(variate, features), rel=1e-9)
+    assert measurement.interval(10, seed=0) is None, "no features are kept for it"
 
 
 def test_batches_are_one_measurement_and_its_interval_narrows_with_more_images() -> None:

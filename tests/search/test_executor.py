@@ -13,7 +13,7 @@ from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.executor import LocalExecutor, evaluate_all
 from tmpq_exp.search.objective import Measured, Objective
 from tmpq_exp.search.protocol import Protocol, images_by
-from tmpq_exp.search.trials import TrialLog
+from tmpq_exp.search.trials import Trial, TrialLog
 
 CANDIDATES = [candidate(bits) for bits in (8, 7, 6, 5)]
 
@@ -80,6 +80,21 @@ def test_what_is_recorded_or_stands_twice_is_not_measured_again(tmp_path: Path) 
         CANDIDATES[1].key(): "b",
         CANDIDATES[0].key(): "e",
     }
+
+
+def test_a_run_that_ends_amid_candidates_costs_those_that_had_not_come_back(tmp_path: Path) -> None:
+    path, supernet = tmp_path / "trials.jsonl", FakeSupernet()
+
+    def start() -> tuple[Backwards, Iterator[Trial]]:
+        executor = Backwards(supernet)
+        return executor, evaluate_all(executor, objective(path, supernet, executor), CANDIDATES, "search")
+
+    _, killed = start()
+    before = next(killed)
+    resuming, resumed = start()
+    assert next(resumed) == before
+    assert len(list(resumed)) == 3
+    assert resuming.measured == [CANDIDATES[2], CANDIDATES[1], CANDIDATES[0]]
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -26,6 +26,9 @@ from tmpq_exp.zoo.weights import content_hash
 CLIP_BATCH = 50
 """Images a forward, at most."""
 
+_TENSOR_PROCESSOR: dict[str, Any] = {"use_fast": True} if version("transformers").startswith("4.") else {}
+"""Choose the image processor that computes with torch where images are; transformers 4 takes PIL's otherwise."""
+
 
 class ImageTextEncoder(ABC):
     """Maps images and prompts into one space."""
@@ -82,6 +85,10 @@ class PromptScore(PerImageMetric):
 class LocalClip(ImageTextEncoder):
     """A CLIP saved by transformers; nothing is downloaded and nothing unpickled.
 
+    Images are resized, cropped and scaled on their own device. A CPU rounds to bytes after each of the two passes of a
+    resize, as PIL does; a GPU does both in floats: pixels of smooth images differ by one gray level at most, those of
+    noise, whose overshoot the bytes cut off, by more.
+
     Args:
         folder: Holds ``config.json``, ``model.safetensors``, and the files of tokenizer and image processor.
 
@@ -100,7 +107,7 @@ class LocalClip(ImageTextEncoder):
             lost = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
             if lost:
                 raise ValueError(f"{len(lost)} weights are missing or of another size, first {lost[0]}")
-            self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+            self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True, **_TENSOR_PROCESSOR)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"metrics.clip_score.path: {folder} must hold a CLIP with tokenizer and image processor as "
@@ -110,8 +117,8 @@ class LocalClip(ImageTextEncoder):
 
     def image_features(self, images: Tensor) -> Tensor:
         """See ``ImageTextEncoder.image_features``."""
-        pixels = self.processor.image_processor(list(rgb(images).cpu()), return_tensors="pt")["pixel_values"]
-        return _features(self.model.to(images.device).get_image_features(pixels.to(images.device)))
+        pixels = self.processor.image_processor(list(rgb(images)), return_tensors="pt")["pixel_values"]
+        return _features(self.model.to(images.device).get_image_features(pixels))
 
     def text_features(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """See ``ImageTextEncoder.text_features``; prompts are cut to the length that the model knows."""
@@ -135,7 +142,7 @@ class LocalClip(ImageTextEncoder):
         weights, settings = self._hashes
         return {
             "extractor": weights,
-            "resize": f"of the image processor, {settings}",
+            "resize": f"of the image processor on the images' device, {settings}",
             "library": f"transformers {version('transformers')}",
         }
 

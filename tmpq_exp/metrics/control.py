@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tmpq_exp.metrics.frechet import FrechetMetric, centred_interval
 from tmpq_exp.metrics.metric import Batch, Measurement, Metric
-from tmpq_exp.metrics.statistics import FeatureStatistics
+from tmpq_exp.metrics.statistics import FeatureStatistics, JointSums
 
 RIDGE_IMAGES = 256
 """Images at which the ridge of the regression is as large as the mean variance of a control's feature."""
@@ -50,7 +50,7 @@ class ControlledFrechet(Metric):
 
     def start(self, *, resampled: bool = False) -> Measurement:
         """See ``Metric.start``."""
-        return _Controlled(self)
+        return _Resampled(self) if resampled else _Controlled(self)
 
     def fingerprint(self) -> dict[str, Any]:
         """That of the distance, and the control."""
@@ -63,34 +63,53 @@ class ControlledFrechet(Metric):
             features: Of its images, ``(N, d)`` in float64 on the CPU, at least two.
             weights: How often each image counts, ``(N,)``; None counts each once.
         """
-        statistics, control = self.statistics(), self.features()
-        weights = torch.ones_like(features[:, 0]) if weights is None else weights
-        count = weights.sum()
-        difference = features - control
-        shift = weights @ difference / count
-        centred, control = difference - shift, control - weights @ control / count
-        weighted = control.T * weights / (count - 1)
-        variances, covariances = weighted @ control, weighted @ centred
+        sums = JointSums(features.shape[1])
+        sums.add(features, self.features(), weights)
+        return self.distance_of(sums)
+
+    def distance_of(self, sums: JointSums) -> float:
+        """Distance of a candidate of whose features these sums are known."""
+        statistics, count = self.statistics(), sums.count
+        shift, variances, covariances, differing = sums.moments()
         identity = torch.eye(len(variances), dtype=variances.dtype)
         total = variances.trace() + torch.finfo(variances.dtype).tiny
         common = covariances.trace() / total * identity
         ridge = RIDGE_IMAGES / count * total / len(identity) * identity
         slope = common + torch.linalg.solve(variances + ridge, covariances - variances @ common).T
-        rest = centred - control @ slope.T
+        explained = slope @ covariances
+        rest = differing - explained - explained.T + slope @ variances @ slope.T
         carried = (identity + slope) @ statistics.covariance @ (identity + slope).T
-        covariance = carried + (rest.T * weights) @ rest / (count - 1)
-        return self.metric.distance(statistics.mean + shift, covariance)
+        return self.metric.distance(statistics.mean + shift, carried + rest)
 
 
 class _Controlled(Measurement):
+    """Running sums alone: memory does not grow with the number of images."""
+
     def __init__(self, metric: ControlledFrechet) -> None:
-        self._metric, self._found = metric, list[Tensor]()
+        self._metric, self._sums = metric, JointSums(metric.metric.network.num_features)
+        self._control = metric.features()  # now: later, the same supernet is amid the candidate's images
 
     def update(self, batch: Batch) -> None:
-        self._found.append(batch.features(self._metric.metric.network).cpu())
+        features, first = batch.features(self._metric.metric.network), self._sums.num_images
+        self._sums.add(features, self._control[first : first + len(features)].to(features.device))
 
     def value(self) -> float:
-        return self._metric.distance(torch.cat(self._found))
+        return self._metric.distance_of(self._sums)
+
+
+class _Resampled(_Controlled):
+    """Sums, and every image's features for the interval.
+
+    Images are few and each is resampled by itself, so that sums of blocks would be as many matrices as images.
+    """
+
+    def __init__(self, metric: ControlledFrechet) -> None:
+        super().__init__(metric)
+        self._found = list[Tensor]()
+
+    def update(self, batch: Batch) -> None:
+        super().update(batch)
+        self._found.append(batch.features(self._metric.metric.network).cpu())
 
     def interval(self, num_resamples: int, seed: int) -> tuple[float, float]:
         features = torch.cat(self._found)

@@ -180,7 +180,11 @@ class _Summed(Measurement):
 
 
 class _Resampled(_Summed):
-    """Sums, and every image's features for the interval."""
+    """Sums, and every image's features for the interval.
+
+    Which block an image falls into depends on how many there will be. And sums of B blocks take as much memory as the
+    features of B d images: of 33,000 at 64 features (512 blocks), of 41,000 at 2,048 (20 blocks).
+    """
 
     def __init__(self, metric: FrechetMetric) -> None:
         super().__init__(metric)

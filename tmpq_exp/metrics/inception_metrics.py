@@ -156,6 +156,8 @@ class KernelDistance(Metric):
 
 
 class _Kernel(Measurement):
+    """Every image's features: the kernel compares single images, and no sums of theirs say enough."""
+
     def __init__(self, metric: KernelDistance) -> None:
         self._metric, self._features = metric, list[Tensor]()
 
@@ -234,6 +236,8 @@ class InceptionScore(Metric):
 
 
 class _Score(Measurement):
+    """Every image's logits: which part an image falls into depends on how many there will be."""
+
     def __init__(self, metric: InceptionScore) -> None:
         self._metric, self._logits = metric, list[Tensor]()
 

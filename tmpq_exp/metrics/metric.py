@@ -194,6 +194,8 @@ class PerImageMetric(Metric):
 
 
 class _Mean(Measurement):
+    """One number an image, from which the interval draws; no features."""
+
     def __init__(self, values: Callable[[Batch], Tensor]) -> None:
         self._values, self._found = values, list[Tensor]()
 

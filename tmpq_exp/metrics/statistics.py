@@ -88,6 +88,44 @@ class FeatureSums:
         return FeatureStatistics(mean.clone(), covariance, self.num_images)
 
 
+class JointSums:
+    """Running float64 sums of a control's features c and a candidate's differences d to it, and of their products.
+
+    Differences, so that a candidate that is its control, or moved by a constant, loses no digits.
+
+    Args:
+        num_features: Features of an image.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        self._sums = torch.zeros(2, num_features, dtype=torch.float64)
+        self._products = torch.zeros(3, num_features, num_features, dtype=torch.float64)
+        self.num_images, self.count = 0, 0.0
+
+    def add(self, features: Tensor, control: Tensor, weights: Tensor | None = None) -> None:
+        """Add images of the same seeds, in the same order.
+
+        Args:
+            features, control: Of the candidate and of its control in float64, ``(N, num_features)``, on one device.
+            weights: How often each image counts, ``(N,)``; None counts each once.
+        """
+        weights = torch.ones_like(features[:, 0]) if weights is None else weights
+        difference = features - control
+        weighted = control.T * weights, difference.T * weights
+        products = weighted[0] @ control, weighted[0] @ difference, weighted[1] @ difference
+        self._sums += torch.stack([values.sum(1) for values in weighted]).cpu()
+        self._products += torch.stack(products).cpu()
+        self.num_images += len(features)
+        self.count += float(weights.sum())
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean of d, and unbiased covariances: of c, of c with d (rows c, columns d), and of d."""
+        control, difference = self._sums / self.count
+        means = torch.outer(control, control), torch.outer(control, difference), torch.outer(difference, difference)
+        variances, covariances, differing = (self._products - self.count * torch.stack(means)) / (self.count - 1)
+        return difference, variances, covariances, differing
+
+
 def read_npz(path: Path, num_features: int, keys: Sequence[tuple[str, str]]) -> FeatureStatistics:
     """Statistics of an ``.npz`` file, as pytorch-fid and ADM's evaluation write them; nothing is unpickled.
 
