@@ -181,7 +181,7 @@ def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
         "workers": lambda: _workers(few),
         "scoring": lambda: scoring_share(few),
         "naive loop": lambda: naive_ratio(128, 10, few),
-        **({"gpu naive loop": lambda: naive_ratio(512, 10, few, "cuda")} if torch.cuda.is_available() else {}),
+        **({"gpu naive loop": lambda: naive_ratio(2048, 10, few, "cuda", 256)} if torch.cuda.is_available() else {}),
         "growth images": lambda: images_growth(128, 10, few),
         "growth layers": lambda: layers_growth(rounds),
         "growth widths": lambda: widths_growth(few),

@@ -33,19 +33,22 @@ class Features(nn.Module):
         return [self.network(images[:, :1])[:, :, None, None]]
 
 
-def naive_ratio(num_images: int, num_steps: int, rounds: int, device: str = "cpu") -> Measurement:
+def naive_ratio(
+    num_images: int, num_steps: int, rounds: int, device: str = "cpu", micro_batch: int = MICRO_BATCH
+) -> Measurement:
     """Time of a naive loop over ours for one candidate of ddpm_digits at W6A6.
 
     The loop estimates ranges for the candidate, quantizes weights in every call, writes each image as a PNG and lets
     pytorch-fid read, extract and compare. Ours does the same through ``Objective``, with the trial's line on disk;
-    the float reference's images, which it compares with besides, are made before.
+    the float reference's images, which it compares with besides, are made before. Both run ``micro_batch`` images a
+    forward.
     """
     task = DigitsDDPM().task()
     module = calibrated_module(task, (BITS,)).to(device)
     metric = digits_frechet()
     metric.network.to(device)
     candidate = uniform_candidate(module, BITS, num_steps)
-    batches = [range(first, first + MICRO_BATCH) for first in range(0, num_images, MICRO_BATCH)]
+    batches = [range(first, first + micro_batch) for first in range(0, num_images, micro_batch)]
 
     def naive(folder: Path) -> float:
         plain = plain_network(task.unet, task.probe)
@@ -63,7 +66,8 @@ def naive_ratio(num_images: int, num_steps: int, rounds: int, device: str = "cpu
             )
         return found
 
-    with tempfile.TemporaryDirectory() as folder, digits_objective(module, candidate, num_images) as objective:
+    ours = digits_objective(module, candidate, num_images, micro_batch)
+    with tempfile.TemporaryDirectory() as folder, ours as objective:
         objective.evaluate(candidate, "search")
         others = others_like(candidate)
         ratios = time_ratios(

@@ -84,13 +84,15 @@ def calibrated_module(task: DiffusionTask, bits: Sequence[int]) -> SupernetModul
 
 
 @contextmanager
-def digits_objective(module: SupernetModule, reference: Candidate, num_images: int) -> Iterator[Objective]:
-    """Scores candidates of ddpm_digits as a search does, trials on disk included, ``MICRO_BATCH`` images a forward."""
+def digits_objective(
+    module: SupernetModule, reference: Candidate, num_images: int, micro_batch: int = MICRO_BATCH
+) -> Iterator[Objective]:
+    """Scores candidates of ddpm_digits as a search does, trials on disk included, ``micro_batch`` images a forward."""
     with tempfile.TemporaryDirectory() as folder:
         yield Objective(
             module,
             digits_frechet(),
-            Protocol(num_images, 0, MICRO_BATCH),
+            Protocol(num_images, 0, micro_batch),
             CostModel(module.supernet.shapes),
             TrialLog(Path(folder) / "trials.jsonl"),
             reference_candidate=reference,
