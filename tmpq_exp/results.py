@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tmpq_exp.choices import used_tiles, winograd_spec
+from tmpq_exp.choices import has_static_ranges, used_tiles, winograd_spec
 from tmpq_exp.config import Granularity
 from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, CostModel, LayerShape, is_eligible
 from tmpq_exp.experiment import Experiment
@@ -161,15 +161,18 @@ def _missing(finals: dict[str, Trial]) -> list[str]:
 def _winograd_choice(experiment: Experiment, winner: Candidate) -> str:
     """The tile of all eligible layers, or how many layers (of all steps) took which where tiles were searched."""
     tile = experiment.config.winograd.tile
+    static = ", with static activation scales" if has_static_ranges(experiment.config) else ""
     if not experiment.config.space.tiles:
-        return f"f{tile}" if tile else "none"
+        return f"f{tile}{static}" if tile else "none"
     taken = Counter(
         tile
         for allocation in winner.allocations
         for shape, tile in zip(experiment.layers, allocation.tiles, strict=True)
         if isinstance(shape, ConvShape) and is_eligible(shape)
     )
-    return "searched: " + ", ".join(f"{count} {f'f{m}' if m else 'direct'}" for m, count in sorted(taken.items()))
+    return (
+        "searched: " + ", ".join(f"{count} {f'f{m}' if m else 'direct'}" for m, count in sorted(taken.items())) + static
+    )
 
 
 def _warnings(experiment: Experiment, searched: Sequence[Trial], objective: Objective) -> list[str]:
