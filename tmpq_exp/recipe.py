@@ -23,10 +23,10 @@ from tmpq_exp.config import QuantConfig, QuantizerConfig
 from tmpq_exp.files import replace_file
 from tmpq_exp.model_card import model_card
 from tmpq_exp.plain_data import parse_json
-from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
+from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.quant.packed import PackedState
 from tmpq_exp.quant.primitives import integer_range
-from tmpq_exp.quant.static_ranges import load_ranges, ranges_state, split_state
+from tmpq_exp.quant.static_ranges import load_ranges, ranges_state, split_state, used_layers
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import write_json
 from tmpq_exp.winograd.conv import WinogradSpec
@@ -121,7 +121,7 @@ def write_recipe(
     held = dict(module.supernet.named_quantizers())
     for name, quantizer in compressed.supernet.named_quantizers():
         quantizer.take(held[name])
-    used = _winograd_layers(candidate, [shape.name for shape in layers])
+    used = used_layers(candidate, [shape.name for shape in layers])
     ranges = {key: found for key, found in module.supernet.ranges.items() if key in used}
     state = compressed.supernet.quantizer_state() | ranges_state(ranges)
     write_tensors(state_path, state, {"model": module.task.name, "weights": module.task.weights_hash})
@@ -283,14 +283,8 @@ def _compressed(
     for allocation in candidate.allocations:
         with module.supernet.subnet(allocation):
             pass  # every tile is one that its layer can take
-    load_ranges(module.supernet, ranges, source, _winograd_layers(candidate, recipe["layers"]))
+    load_ranges(module.supernet, ranges, source, used_layers(candidate, recipe["layers"]))
     return CompressedModel(candidate, module, micro_batch, recipe)
-
-
-def _winograd_layers(candidate: Candidate, layers: Sequence[str]) -> set[tuple[str, int]]:
-    """Layers that some step computes as Winograd, each with its tile."""
-    tiles = {pair for allocation in candidate.allocations for pair in zip(layers, allocation.tiles, strict=True)}
-    return {(name, m) for name, m in tiles if m != DIRECT_TILE}
 
 
 def _origin(path: Path, recipe: Mapping[str, Any], pipeline: str | None) -> PipelineModel | TrainableDiffusionModel:

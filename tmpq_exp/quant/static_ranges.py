@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 
+from tmpq_exp.quant.allocation import DIRECT_TILE, Candidate
 from tmpq_exp.quant.layers import QuantConv2d
 from tmpq_exp.quant.supernet import Supernet
 from tmpq_exp.winograd.conv import StaticRanges, WinogradSpec
@@ -27,6 +28,12 @@ def winograd_layers(supernet: Supernet) -> Iterator[tuple[str, int]]:
     for layer in supernet.layers:
         for m in layer.tiles():
             yield layer.name, m
+
+
+def used_layers(candidate: Candidate, layers: Sequence[str]) -> set[tuple[str, int]]:
+    """Layers, of these names, that some step of a candidate computes as Winograd, each with its tile."""
+    tiles = {pair for allocation in candidate.allocations for pair in zip(layers, allocation.tiles, strict=True)}
+    return {(name, m) for name, m in tiles if m != DIRECT_TILE}
 
 
 @contextmanager
