@@ -146,6 +146,7 @@ BAD_VALUES = [
     ("winograd.group_size", "some", "at least 1, or all"),
     ("winograd.method", "best", "groups, per_tensor, per_tap, bqw_style, fsq_style"),
     ("winograd.m_scale", "image", "tile or tap"),
+    ("winograd.act_scales", "learned", "dynamic or static"),
     ("winograd.v_bits", "17", "2..16"),
     ("winograd.transform_bits", "3", "4..16 or null"),
     ("winograd.pixel_correlation", "1", "[0, 1)"),

@@ -194,9 +194,29 @@ def test_the_fingerprint_knows_images_and_what_is_done_to_them(tmp_path: Path) -
     assert len({first, ImageFolderData(root).fingerprint(), *(data.fingerprint() for data in others)}) == 5
 
 
+def test_calibration_images_lie_apart_and_are_prepared_as_test_images(tmp_path: Path) -> None:
+    tests, others = even(tmp_path / "tests"), class_folders(tmp_path / "others", {"x/0": (9, 8), "x/1": (8, 8)})
+    data = ImageFolderData(str(tests), crop=4, batch_size=2, calibration_root=str(others), calibration_images=1)
+    assert data.calibration is not None
+    assert [Path(path).name for path, _ in data.calibration.samples] == ["0.png"]
+    assert data.calibration.preprocessing == data.preprocessing
+    assert ImageFolderData(str(tests)).calibration is None
+    for root in (tests, tests / "cat", tmp_path):
+        with pytest.raises(ValueError, match=r"data\.calibration_root must lie apart from data\.root"):
+            ImageFolderData(str(tests), calibration_root=str(root))
+    with pytest.raises(ValueError, match=r"data\.calibration_root: images of .* have shape \(3, 8, 9\), test images"):
+        ImageFolderData(str(tests), calibration_root=str(others))
+    others = class_folders(tmp_path / "mixed", {"x/0": (8, 8), "x/1": (8, 9)})
+    mixed = ImageFolderData(str(tests), calibration_root=str(others)).calibration
+    assert mixed is not None
+    with pytest.raises(ValueError, match=r"data\.calibration_root: .*x/1\.png has 8x9 pixels"):
+        list(mixed.test_dataloader())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ({"calibration_images": 0}, r"data\.calibration_images must be at least 1, found 0"),
         ({"limit": 0}, r"data\.limit must be at least 1, found 0"),
         ({"batch_size": 0}, r"data\.batch_size must be at least 1, found 0"),
         ({"resize": 0}, r"data\.resize must be at least 1 pixel, found 0"),

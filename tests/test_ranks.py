@@ -28,6 +28,7 @@ from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.rundir import RunDirectory
 from tmpq_exp.search.trials import TrialLog
 from tmpq_exp.worker import Blueprint, Order, Worker
+from tmpq_exp.zoo.weights import read_tensors
 
 TWO = ("trainer.devices=2",)
 TIMEOUT = 200
@@ -229,3 +230,30 @@ def test_a_worker_without_the_run_directory_says_so(tmp_path: Path) -> None:
     resolved: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     with pytest.raises(UserError, match=r"nowhere holds no supernet\.safetensors on .* file system that all"):
         Worker(Blueprint.here(resolved))
+
+
+@pytest.mark.slow
+def test_static_ranges_are_found_once_shipped_and_read_by_workers(tmp_path: Path) -> None:
+    static = (*TINY, "winograd=f4", "winograd.act_scales=static", "search.num_generations=1")
+    directory = tmp_path / "run"
+    run_here(directory, *static)
+    report = json.loads((directory / "report.json").read_text())
+    assert report["winograd_choice"] == "f4, with static activation scales"
+    assert not any("recipe.json" in warning or "activation scales" in warning for warning in report["warnings"])
+    found, _ = read_tensors(directory / "winograd_ranges.safetensors", "ranges")
+    shipped, _ = read_tensors(directory / "recipe.safetensors", "state")
+    assert {key for key in shipped if key.startswith("winograd.")} == found.keys()
+    assert all(torch.equal(shipped[key], value) for key, value in found.items())
+    trials = (directory / "trials.jsonl").read_text()
+    run_here(directory, *static)
+    assert (directory / "trials.jsonl").read_text() == trials
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        composed = compose("config", [*static, f"paths.run_dir={directory}"])
+    resolved: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    with threads(1):
+        ranges = Worker(Blueprint.here(resolved))._experiment.module.supernet.ranges
+        assert {f"winograd.f{m}.{name}.v" for name, m in ranges} == {key for key in found if key.endswith(".v")}
+        (directory / "winograd_ranges.safetensors").unlink()
+        with pytest.raises(UserError, match=r"static ranges of Winograd layers: no file at .*winograd_ranges\."):
+            Worker(Blueprint.here(resolved))

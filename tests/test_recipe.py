@@ -17,8 +17,9 @@ from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 from tmpq_exp.quant.calibration import CalibrationModule
 from tmpq_exp.quant.states import trajectory_states
+from tmpq_exp.quant.static_ranges import measuring_ranges
 from tmpq_exp.quant.supernet import SupernetModule
-from tmpq_exp.recipe import task_layers, write_recipe
+from tmpq_exp.recipe import save_packed, task_layers, write_recipe
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import closed_form_scales
 from tmpq_exp.zoo.digits import DigitsDDPM
@@ -100,6 +101,60 @@ def test_images_of_groupwise_quantizers_are_bit_equal(task: DiffusionTask, tmp_p
     candidate = make_candidate(module, "direct")
     model = apply_recipe(write(module, candidate, tmp_path), task)
     assert torch.equal(model.sample(3, seed=5), module.images(candidate, range(3), 5))
+
+
+@pytest.fixture(scope="module")
+def ranged(task: DiffusionTask) -> SupernetModule:
+    """A supernet whose Winograd layers have static ranges."""
+    module = make_module(task, STATIC)
+    tiles = {m: (replace(spec, act_scales="static"), scales) for m, (spec, scales) in TILES.items()}
+    module.supernet.set_winograd(tiles)
+    with measuring_ranges(module.supernet) as found, torch.no_grad():
+        for state in trajectory_states(task, 2, 2, 0):
+            state.run(module.supernet, module.device)
+    module.supernet.set_ranges(found)
+    return module
+
+
+def write_ranged(module: SupernetModule, candidate: Candidate, folder: Path) -> Path:
+    tiles = {m: (spec, TILES[m][1]) for m, (spec, _) in module.supernet.winograd.items()}
+    path = folder / "recipe.json"
+    write_recipe(path, folder / "recipe.safetensors", module, candidate, tiles, micro_batch=3, evidence={})
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["winograd", "per step"])
+def test_static_ranges_are_part_of_a_recipe(
+    module: SupernetModule, ranged: SupernetModule, kind: str, tmp_path: Path
+) -> None:
+    candidate = make_candidate(ranged, kind)
+    path = write_ranged(ranged, candidate, tmp_path)
+    expected = ranged.images(candidate, range(3), 5)
+    model = apply_recipe(path)
+    assert torch.equal(model.sample(3, seed=5), expected)
+    assert not torch.equal(module.images(candidate, range(3), 5), expected)
+    eligible = {shape.name for shape in ranged.supernet.shapes if isinstance(shape, ConvShape) and is_eligible(shape)}
+    assert model.module.supernet.ranges.keys() == {(name, 4) for name in eligible}
+    packed = apply_recipe(save_packed(model, tmp_path / "packed"))
+    assert torch.equal(packed.sample(3, seed=5), expected)
+
+
+def test_a_recipe_without_the_ranges_it_needs_is_refused(ranged: SupernetModule, tmp_path: Path) -> None:
+    candidate = make_candidate(ranged, "winograd")
+    found = dict(ranged.supernet.ranges)
+    ranged.supernet.set_ranges({})
+    path = write_ranged(ranged, candidate, tmp_path)
+    ranged.supernet.set_ranges(found)
+    with pytest.raises(ValueError, match=r"recipe\.safetensors holds no winograd\.f4\..*act_scales is static"):
+        apply_recipe(path)
+
+
+def test_a_direct_recipe_carries_no_ranges(ranged: SupernetModule, tmp_path: Path) -> None:
+    candidate = make_candidate(ranged, "direct")
+    model = apply_recipe(write_ranged(ranged, candidate, tmp_path))
+    assert not model.module.supernet.ranges
+    assert torch.equal(model.sample(3, seed=5), ranged.images(candidate, range(3), 5))
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ def recalibrated(experiment: Experiment, candidate: Candidate) -> SupernetModule
     config = experiment.config
     module = SupernetModule(experiment.task, experiment.layers, *bit_choices(candidate), config.quant)
     module.supernet.set_winograd(experiment.winograd)
+    module.supernet.set_ranges(experiment.module.supernet.ranges)
     path = experiment.run.recalibrated / f"{candidate.key()}.safetensors"
     settings = replace(config.calibration, method="sampled")
     _calibrate(experiment, module, settings, path, f"recalibrate {candidate.key()}")

@@ -109,6 +109,11 @@ def used_tiles(config: Config) -> list[int]:
     return sorted(set(config.space.tiles or [config.winograd.tile]) - {DIRECT_TILE})
 
 
+def has_static_ranges(config: Config) -> bool:
+    """Whether candidates may hold Winograd layers whose activation scales are static."""
+    return bool(used_tiles(config)) and config.winograd.act_scales == "static"
+
+
 def winograd_spec(config: Config, m: int) -> WinogradSpec:
     """The specification that the configuration asks for, at a tile."""
     return spec_of(config.winograd, m)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from tmpq_exp.choices import spec_of
 from tmpq_exp.config import Config, Granularity, UserError, VariantConfig, WinogradConfig
 from tmpq_exp.config.identity import digest
 from tmpq_exp.cost import ConvShape, CostModel, is_eligible
-from tmpq_exp.data import ImageFolderData
+from tmpq_exp.data import CalibrationImages, ImageFolderData
 from tmpq_exp.forecast import duration
 from tmpq_exp.metrics.accuracy import count_correct
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation
 from tmpq_exp.quant.layers import QuantConv2d
 from tmpq_exp.quant.primitives import sqnr_db
+from tmpq_exp.quant.static_ranges import RangesByLayer, load_ranges, measuring_ranges, ranges_state
 from tmpq_exp.quant.supernet import Supernet
 from tmpq_exp.rundir import RunDirectory, bad_input
 from tmpq_exp.seeding import stream_seed
@@ -44,6 +45,7 @@ from tmpq_exp.winograd.scales import (
 from tmpq_exp.winograd.spec import Method, WinogradSpec
 from tmpq_exp.winograd.transform import closed_form_scales, ineligible_reason, standard_scales
 from tmpq_exp.zoo.task import ClassificationModel, ClassificationTask
+from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 BITS = 8
 """Bits of weights and activations of every quantized row, and of x, V and U of Winograd layers."""
@@ -93,6 +95,7 @@ class Row:
         bits: Of weights and activations.
         variant: What a Winograd row was asked to be; None for the two others.
         spec, scales: Its stages and scales.
+        ranges: Where activation scales are static, those of its layers.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Row:
     variant: VariantConfig | None = None
     spec: WinogradSpec | None = None
     scales: ScaleSet | None = None
+    ranges: RangesByLayer = field(default_factory=dict, compare=False)
 
     def state(self) -> list[Any]:
         """All that its figures depend on beside network, images and noise, as JSON."""
@@ -107,6 +111,7 @@ class Row:
             self.bits,
             None if self.spec is None else asdict(self.spec),
             None if self.scales is None else self.scales.to_json(),
+            *([content_hash(ranges_state(self.ranges))] if self.ranges else []),
         ]
 
 
@@ -130,6 +135,7 @@ def prepare(config: Config, run: RunDirectory) -> Study:
             f"data.root: {data.root} has {len(data.classes)} class folders, model {task.name} tells {task.num_classes} "
             "classes apart; give the folder whose subfolders are the classes"
         )
+    _check_calibration(config, data)
     device = single_device(config)
     cost = CostModel(task.layers(data.image_shape))
     convs = [shape for shape in cost.layers if isinstance(shape, ConvShape)]
@@ -179,6 +185,16 @@ def _check_settings(config: Config) -> None:
             spec = spec_of(winograd, row.m)
             if winograd.scales_from is not None:
                 read_scales(Path(winograd.scales_from), spec)
+
+
+def _check_calibration(config: Config, data: ImageFolderData) -> None:
+    static = [row.name for row in config.classification.rows() if config.winograd.varied(row).act_scales == "static"]
+    if static and data.calibration is None:
+        raise UserError(
+            f"winograd.act_scales: static scales of {static[0]} are measured on images, and test images must not "
+            "calibrate what is measured on them; give others with data.calibration_root, such as the training images, "
+            "or choose dynamic"
+        )
 
 
 def winograd_row(study: Study, variant: VariantConfig, learned: dict[str, dict[str, Any]]) -> Row:
@@ -237,6 +253,35 @@ def _learn(study: Study, variant: VariantConfig, spec: WinogradSpec, winograd: W
     }
 
 
+def with_ranges(study: Study, row: Row) -> Row:
+    """A row with the static ranges that it asks for: of the float network on calibration images, never on test images.
+
+    Raises:
+        UserError: If a calibration image or a file of an earlier start cannot be read.
+    """
+    data = study.data.calibration
+    if data is None or row.spec is None or row.scales is None or not row.spec.is_static:
+        return row
+    tiles = {row.spec.m: (row.spec, row.scales)}
+    inputs = [study.task.weights_hash, data.fingerprint(), str(study.device), row.state()]
+    path = study.run.row_ranges / f"{digest(inputs)}.safetensors"
+    study.supernet.set_winograd(tiles)
+    study.run.stage(f"ranges {row.name}", inputs, [path], partial(_measure_ranges, study, row.name, data, path))
+    with bad_input("; remove it to measure again"):
+        load_ranges(study.supernet, read_tensors(path, "static ranges of Winograd layers")[0], str(path))
+    return replace(row, ranges=dict(study.supernet.ranges))
+
+
+@torch.no_grad()
+def _measure_ranges(study: Study, name: str, data: CalibrationImages, path: Path) -> None:
+    with measuring_ranges(study.supernet) as found, StageBar(f"ranges {name}", data.num_batches) as bar, bad_input():
+        for images, _ in data.test_dataloader():
+            study.supernet(images.to(study.device))
+            bar.advance()
+    path.parent.mkdir(exist_ok=True)
+    write_tensors(path, ranges_state(found), {"model": study.task.name, "row": name})
+
+
 def evaluate(study: Study, rows: list[Row]) -> dict[str, dict[str, Any]]:
     """Images that each row gets right, and the SQNR of its layers on noise, by name of the row."""
     stages = {
@@ -275,6 +320,7 @@ def _say_forecast(study: Study, rows: Sequence[Row]) -> None:
 def _as(study: Study, row: Row) -> Iterator[None]:
     """The network at the bits, tile and scales of a row."""
     study.supernet.set_winograd({} if row.spec is None or row.scales is None else {row.spec.m: (row.spec, row.scales)})
+    study.supernet.set_ranges(row.ranges)
     with study.supernet.subnet(allocation(study.cost, row)):
         yield
 
@@ -289,7 +335,8 @@ def _units(row: Row) -> int:
 
 def _measure(study: Study, row: Row, bar: StageBar) -> dict[str, Any]:
     with _as(study, row):
-        by_layer = {} if row.bits == FLOAT_BITS else dict(_noise_sqnr_db(study))
+        noisy = row.bits != FLOAT_BITS and not row.ranges  # ranges of images say nothing of noise
+        by_layer = dict(_noise_sqnr_db(study)) if noisy else {}
         correct = count_correct(
             study.supernet, study.data.test_dataloader(), lambda: bar.advance(_units(row), row.name)
         )

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tmpq_exp.classification import BITS, Row, Study, allocation, evaluate, prepare, winograd_row
+from tmpq_exp.classification import BITS, Row, Study, allocation, evaluate, prepare, winograd_row, with_ranges
 from tmpq_exp.config import Config, TileConfig
 from tmpq_exp.metrics.accuracy import wilson_interval
 from tmpq_exp.progress import quiet_lightning
@@ -50,7 +50,8 @@ def classify(config: Config, resolved: dict[str, Any]) -> None:
         with finishing(tracker):
             learned: dict[str, dict[str, Any]] = {}
             rows = [Row("float", FLOAT_BITS), Row("direct_w8a8", BITS)]
-            rows += [winograd_row(study, variant, learned) for variant in config.classification.rows()]
+            variants = config.classification.rows()
+            rows += [with_ranges(study, winograd_row(study, variant, learned)) for variant in variants]
             report = assemble(study, rows, evaluate(study, rows), learned)
             write_classification_json(run.report_json, report)
             classification_html(run.report_html, report)
@@ -73,7 +74,12 @@ def assemble(
         "task": "classify",
         "model": study.task.name,
         "weights_hash": study.task.weights_hash,
-        "data": {"name": study.data.name, "num_classes": len(study.data.classes), **study.data.preprocessing},
+        "data": {
+            "name": study.data.name,
+            "num_classes": len(study.data.classes),
+            **study.data.preprocessing,
+            "calibration": _calibration(study, rows),
+        },
         "num_images": num_images,
         "fingerprint": study.fingerprint,
         "classification": [_entry(study, row, figures[row.name], num_images) for row in rows],
@@ -84,6 +90,14 @@ def assemble(
         "environment": json.loads(study.run.environment.read_text(encoding="utf-8"))["starts"][-1],
         "seed": study.config.seed,
     }
+
+
+def _calibration(study: Study, rows: list[Row]) -> dict[str, Any] | None:
+    """The images behind static ranges, and the rows that have some; None where all scales are dynamic."""
+    data, static = study.data.calibration, [row.name for row in rows if row.ranges]
+    if data is None or not static:
+        return None
+    return {"name": data.name, "num_images": len(data.samples), "fingerprint": data.fingerprint(), "rows": static}
 
 
 def _kept_scales(

@@ -225,19 +225,19 @@ def read_folder(folder: Path, size: int) -> tuple[LabelledImages, tuple[str, ...
     return LabelledImages(pixels, torch.tensor(found.targets)), tuple(found.classes)
 
 
-def _labelled_files(folder: Path) -> ImageFolder:
+def _labelled_files(folder: Path, key: str = "data.root") -> ImageFolder:
     try:
         return ImageFolder(str(folder))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"data.root: {folder} must hold one subfolder of images a class ({error})") from None
+        raise ValueError(f"{key}: {folder} must hold one subfolder of images a class ({error})") from None
 
 
-def _open_rgb(path: str) -> Image.Image:
+def _open_rgb(path: str, key: str = "data.root") -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"data.root: {path} cannot be read as an image ({error})") from error
+        raise ValueError(f"{key}: {path} cannot be read as an image ({error})") from error
 
 
 class ImageFolderData(L.LightningDataModule):
@@ -254,10 +254,16 @@ class ImageFolderData(L.LightningDataModule):
         limit: Take n images, every (N / n)-th file in sorted order, so that all classes are in; None, or a number from
             N on, takes all.
         batch_size: Images a batch.
+        calibration_root: Another folder ``<calibration_root>/<class>/*``, on whose images static activation scales are
+            measured; None: there are none.
+        calibration_images: Take so many of them, as ``limit`` does.
 
     Raises:
-        ValueError: If a setting is out of range, or the folder is missing or holds no images.
+        ValueError: If a setting is out of range, a folder is missing or holds no images, or calibration images are test
+            images, or have another size.
     """
+
+    key = "data.root"
 
     def __init__(
         self,
@@ -269,15 +275,18 @@ class ImageFolderData(L.LightningDataModule):
         std: Sequence[float] = (0.229, 0.224, 0.225),
         limit: int | None = None,
         batch_size: int = 100,
+        calibration_root: str | None = None,
+        calibration_images: int = 256,
     ) -> None:
         super().__init__()
         if root is None:
             raise ValueError("data.root must be given: a folder that holds one subfolder of test images a class")
         _check_preprocessing(resize, crop, mean, std)
-        for key, value in (("limit", limit), ("batch_size", batch_size)):
+        counts = {"limit": limit, "batch_size": batch_size, "calibration_images": calibration_images}
+        for key, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{key} must be at least 1, found {value}")
-        found = _labelled_files(Path(root))
+        found = _labelled_files(Path(root), self.key)
         self.root, self.name, self.batch_size = Path(root), name or Path(root).name, batch_size
         self.classes: tuple[str, ...] = tuple(found.classes)
         self.samples = evenly_chosen(found.samples, len(found.samples) if limit is None else limit)
@@ -286,7 +295,19 @@ class ImageFolderData(L.LightningDataModule):
         steps += [] if crop is None else [transforms.CenterCrop(crop)]
         self.preprocessing = {"resize": resize, "crop": crop, "mean": list(mean), "std": list(std)}
         self._transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
-        self.image_shape: tuple[int, int, int] = tuple(self._transform(_open_rgb(self.samples[0][0])).shape)
+        first = _open_rgb(self.samples[0][0], self.key)
+        self.image_shape: tuple[int, int, int] = tuple(self._transform(first).shape)
+        self.calibration: CalibrationImages | None = None
+        if calibration_root is not None:
+            _check_apart(Path(root), Path(calibration_root))
+            self.calibration = CalibrationImages(
+                calibration_root, None, resize, crop, mean, std, calibration_images, batch_size
+            )
+            if self.calibration.image_shape != self.image_shape:
+                raise ValueError(
+                    f"data.calibration_root: images of {calibration_root} have shape {self.calibration.image_shape}, "
+                    f"test images {self.image_shape}; set data.resize and data.crop to make all images alike"
+                )
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Normalised images ``(n, 3, H, W)`` with labels ``(n,)``, in order."""
@@ -304,14 +325,14 @@ class ImageFolderData(L.LightningDataModule):
         Raises:
             ValueError: If it cannot be read, or has another size than the first one.
         """
-        image = _open_rgb(path)
+        image = _open_rgb(path, self.key)
         if self.preprocessing["resize"] is None and self.crop is not None and min(image.size) < self.crop:
             raise ValueError(f"data.crop: {path} has {image.size[0]}x{image.size[1]} pixels, less than {self.crop}")
         pixels: Tensor = self._transform(image)
         if tuple(pixels.shape) != self.image_shape:
             height, width = self.image_shape[1:]
             raise ValueError(
-                f"data.root: {path} has {pixels.shape[2]}x{pixels.shape[1]} pixels, the first image {width}x{height}; "
+                f"{self.key}: {path} has {pixels.shape[2]}x{pixels.shape[1]} pixels, the first image {width}x{height}; "
                 "set data.resize and data.crop to make all images alike"
             )
         return pixels
@@ -324,6 +345,12 @@ class ImageFolderData(L.LightningDataModule):
             digest.update(f"{file.relative_to(self.root).as_posix()}:{label};".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()[:16]
+
+
+class CalibrationImages(ImageFolderData):
+    """Images apart from the test images, prepared as these are; their classes do not matter."""
+
+    key = "data.calibration_root"
 
 
 class _Files(Dataset[tuple[Tensor, ...]]):
@@ -346,6 +373,15 @@ def evenly_chosen(values: Sequence[tuple[str, int]], count: int) -> list[tuple[s
     """``count`` of the values at equal distances, the first among them; all of them where there are no more."""
     count = min(count, len(values))
     return [values[index * len(values) // count] for index in range(count)]
+
+
+def _check_apart(root: Path, calibration_root: Path) -> None:
+    one, other = root.resolve(), calibration_root.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise ValueError(
+            f"data.calibration_root must lie apart from data.root ({root}), for test images must not calibrate what is "
+            f"measured on them; found {calibration_root}"
+        )
 
 
 def _check_preprocessing(resize: int | None, crop: int | None, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -31,6 +31,7 @@ from tmpq_exp.measuring import chosen_metrics
 from tmpq_exp.metrics.frechet import FrechetMetric
 from tmpq_exp.metrics.metric import Metric, Place
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
+from tmpq_exp.quant.static_ranges import ranges_state
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import RunDirectory, bad_input
 from tmpq_exp.search.algorithm import Search
@@ -224,6 +225,7 @@ class Experiment:
             return self._objectives[key]
         state = content_hash(module.supernet.quantizer_state())
         scales = {m: (asdict(spec), scales.to_json()) for m, (spec, scales) in self.winograd.items()}
+        ranges = [content_hash(ranges_state(module.supernet.ranges))] if module.supernet.ranges else []
         objective = Objective(
             module,
             self.metric,
@@ -231,7 +233,7 @@ class Experiment:
             self.cost,
             self.trials,
             reference_candidate=self.baselines()["float_reference"],
-            state=digest([asdict(self.config.quant), state, scales]),
+            state=digest([asdict(self.config.quant), state, scales, *ranges]),
             on_trial=self.on_trial,
             control=self.control if controlled else None,
             images=self._images if module is self.module else None,

@@ -1,4 +1,4 @@
-"""The whole line: float task, supernet, calibration, Winograd scales, search, specialize, evaluate, report."""
+"""The whole line: float task, supernet, calibration, Winograd stage, search, specialize, evaluate, report."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tmpq_exp.experiment import Experiment, prepare
 from tmpq_exp.forecast import say_forecast
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.ranging import static_ranges
 from tmpq_exp.ranks import RankExecutor, Ranks, started
 from tmpq_exp.recipe import apply_recipe, write_recipe
 from tmpq_exp.report import further_table, pareto_png, report_html, samples_png, summary_table, write_report_json
@@ -68,6 +69,7 @@ def _drive(config: Config, resolved: dict[str, Any], ranks: Ranks | None) -> Non
             experiment.ready_metrics()
             calibrate(experiment)
             winograd = winograd_scales(experiment)
+            static_ranges(experiment)
             algorithm, search_objective = search(experiment)
             winner = select(experiment, algorithm)
             evidence = weigh(experiment, algorithm, search_objective, winner)

@@ -1,10 +1,11 @@
 """The recipe: everything that turns the float model into the best candidate again, as JSON and safetensors.
 
 ``recipe.json`` holds the kept timesteps, the allocation and the Winograd scales; ``recipe.safetensors`` beside it holds
-scales, zero points and learned roundings at the chosen bits. No weights: they are the float model's, named by their
-hash. A *packed* recipe (``save_packed``) needs no float U-Net: its safetensors file holds the integers of the weights,
-at as many bits as they have, and in float what is not quantized. A recipe from a stranger is data only, nothing in it
-is imported, evaluated or unpickled, and no file outside of its folder is read.
+scales, zero points and learned roundings at the chosen bits, and the ranges of Winograd layers whose activation scales
+are static. No weights: they are the float model's, named by their hash. A *packed* recipe (``save_packed``) needs no
+float U-Net: its safetensors file holds the integers of the weights, at as many bits as they have, and in float what is
+not quantized. A recipe from a stranger is data only, nothing in it is imported, evaluated or unpickled, and no file
+outside of its folder is read.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from tmpq_exp.config import QuantConfig, QuantizerConfig
 from tmpq_exp.files import replace_file
 from tmpq_exp.model_card import model_card
 from tmpq_exp.plain_data import parse_json
-from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Candidate
+from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.quant.packed import PackedState
 from tmpq_exp.quant.primitives import integer_range
+from tmpq_exp.quant.static_ranges import load_ranges, ranges_state, split_state, used_layers
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.rundir import write_json
 from tmpq_exp.winograd.conv import WinogradSpec
@@ -119,9 +121,11 @@ def write_recipe(
     held = dict(module.supernet.named_quantizers())
     for name, quantizer in compressed.supernet.named_quantizers():
         quantizer.take(held[name])
-    state = compressed.supernet.quantizer_state()
+    used = used_layers(candidate, [shape.name for shape in layers])
+    ranges = {key: found for key, found in module.supernet.ranges.items() if key in used}
+    state = compressed.supernet.quantizer_state() | ranges_state(ranges)
     write_tensors(state_path, state, {"model": module.task.name, "weights": module.task.weights_hash})
-    tiles = {m for allocation in candidate.allocations for m in allocation.tiles if m != DIRECT_TILE}
+    tiles = {m for _, m in used}
     recipe = {
         "schema": RECIPE_SCHEMA,
         "model": module.task.name,
@@ -207,7 +211,8 @@ def save_packed(model: CompressedModel, folder: str | Path) -> Path:
         task.origin.folder().copy_parts(folder)
     state_path, path = folder / "recipe.safetensors", folder / "recipe.json"
     state = PackedState.of(model.module.supernet, task.unet, model.candidate)
-    write_tensors(state_path, state.tensors(), {"model": task.name})
+    tensors = state.tensors() | ranges_state(model.module.supernet.ranges)
+    write_tensors(state_path, tensors, {"model": task.name})
     recipe = {**model.recipe, "packed": True, "state": _state_entry(state_path)}
     write_json(path, recipe)
     replace_file(folder / "README.md", model_card(recipe).encode())
@@ -255,7 +260,7 @@ def _apply(path: Path, recipe: Mapping[str, Any], task: DiffusionTask | None, pi
 def _compressed(
     path: Path, recipe: Mapping[str, Any], task: DiffusionTask, state: Mapping[str, Tensor]
 ) -> CompressedModel:
-    """The model of a task under a recipe, with these quantizers."""
+    """The model of a task under a recipe, with these quantizers and static ranges."""
     if recipe["sampler"] != _sampler(task):
         raise ValueError(f"{path}: the recipe was made for sampler {recipe['sampler']}, the task has {_sampler(task)}")
     layers = task_layers(task)
@@ -266,7 +271,9 @@ def _compressed(
     if type(micro_batch) is not int or micro_batch < 1:
         raise ValueError(f"micro_batch must be an integer of at least 1, found {micro_batch!r}")
     module = SupernetModule(task, layers, *bit_choices(candidate), _quant_config(recipe["quant"]))
-    module.supernet.load_quantizer_state(state, str(path.parent / "recipe.safetensors"))
+    quantizers, ranges = split_state(state)
+    source = str(path.parent / "recipe.safetensors")
+    module.supernet.load_quantizer_state(quantizers, source)
     module.supernet.set_winograd(
         {
             int(m): (WinogradSpec(**entry["spec"]), ScaleSet.from_json(entry["scales"]))
@@ -276,6 +283,7 @@ def _compressed(
     for allocation in candidate.allocations:
         with module.supernet.subnet(allocation):
             pass  # every tile is one that its layer can take
+    load_ranges(module.supernet, ranges, source, used_layers(candidate, recipe["layers"]))
     return CompressedModel(candidate, module, micro_batch, recipe)
 
 

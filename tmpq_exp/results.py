@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tmpq_exp.choices import used_tiles, winograd_spec
-from tmpq_exp.config import Granularity
+from tmpq_exp.choices import has_static_ranges, used_tiles, winograd_spec
+from tmpq_exp.config import Config, Granularity
 from tmpq_exp.cost import TRANSFORM_BITS, AttentionShape, ConvShape, CostModel, LayerShape, is_eligible
 from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
@@ -161,15 +161,18 @@ def _missing(finals: dict[str, Trial]) -> list[str]:
 def _winograd_choice(experiment: Experiment, winner: Candidate) -> str:
     """The tile of all eligible layers, or how many layers (of all steps) took which where tiles were searched."""
     tile = experiment.config.winograd.tile
+    static = ", with static activation scales" if has_static_ranges(experiment.config) else ""
     if not experiment.config.space.tiles:
-        return f"f{tile}" if tile else "none"
+        return f"f{tile}{static}" if tile else "none"
     taken = Counter(
         tile
         for allocation in winner.allocations
         for shape, tile in zip(experiment.layers, allocation.tiles, strict=True)
         if isinstance(shape, ConvShape) and is_eligible(shape)
     )
-    return "searched: " + ", ".join(f"{count} {f'f{m}' if m else 'direct'}" for m, count in sorted(taken.items()))
+    return (
+        "searched: " + ", ".join(f"{count} {f'f{m}' if m else 'direct'}" for m, count in sorted(taken.items())) + static
+    )
 
 
 def _warnings(experiment: Experiment, searched: Sequence[Trial], objective: Objective) -> list[str]:
@@ -201,11 +204,8 @@ def _warnings(experiment: Experiment, searched: Sequence[Trial], objective: Obje
         found.append(
             "BitOPs leave out the error feedback of shaped V and M, n^2 (n^2 - 1) / 2 products a tile and channel"
         )
-    if tiles and Granularity.PER_GROUP not in (experiment.config.quant.act.granularity,):
-        found.append(
-            "Winograd layers have dynamic group-wise activation scales, direct ones static scales: to compare tiles "
-            "alone, run with quant=groupwise"
-        )
+    if tiles:
+        found += _unlike_scales(experiment.config)
     if experiment.config.space.tiles and experiment.tile_rule is None:
         found.append("the data-free rule for tiles found no uniform bits that fit the budget; it is no baseline here")
     return found
@@ -245,6 +245,22 @@ def sample_rows(experiment: Experiment, shipped: Shipped, seed: int) -> list[tup
     rows.append(("best found", shipped.candidate, shipped.module))
     indices = range(min(SAMPLE_COLUMNS, config.evaluation.num_images))
     return [(label, images_with_less_memory(module, candidate, indices, seed)) for label, candidate, module in rows]
+
+
+def _unlike_scales(config: Config) -> list[str]:
+    """What to say where Winograd and direct layers find their activation scales at different times."""
+    is_dynamic = config.quant.act.granularity == Granularity.PER_GROUP
+    if is_dynamic == (config.winograd.act_scales == "dynamic"):
+        return []
+    if is_dynamic:
+        return [
+            "Winograd layers have static activation scales, direct ones dynamic group-wise scales: to compare tiles "
+            "alone, run with winograd.act_scales=dynamic"
+        ]
+    return [
+        "Winograd layers have dynamic group-wise activation scales, direct ones static scales: to compare tiles "
+        "alone, run with quant=groupwise"
+    ]
 
 
 def ragged_groups(experiment: Experiment) -> list[dict[str, Any]]:

@@ -167,6 +167,8 @@ _FILES = {
     "recalibrated": "recalibrated",
     "supernet": "supernet.safetensors",
     "winograd_scales": "winograd_scales.json",
+    "winograd_ranges": "winograd_ranges.safetensors",
+    "row_ranges": "winograd_ranges",
     "recipe": "recipe.json",
     "recipe_state": "recipe.safetensors",
     "cost": "cost.json",

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmpq_exp.choices import used_tiles, winograd_spec
+from tmpq_exp.choices import has_static_ranges, used_tiles, winograd_spec
 from tmpq_exp.config import UserError, from_plain
 from tmpq_exp.experiment import Experiment, make_ready, prepare
 from tmpq_exp.metrics.control import ControlledFrechet
 from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.quant.static_ranges import load_ranges
 from tmpq_exp.rundir import RunDirectory, bad_input
 from tmpq_exp.search.memory import images_with_less_memory
 from tmpq_exp.search.objective import Measured, Objective
@@ -78,7 +79,7 @@ class Worker:
     """A supernet that measures candidates; it writes nothing into the run directory.
 
     Args:
-        blueprint: What it is built from; the quantizers and transform scales come from the run directory.
+        blueprint: What it is built from; quantizers, transform scales and static ranges come from the run directory.
 
     Raises:
         UserError: If the run directory is not there.
@@ -138,7 +139,7 @@ class Worker:
 
 
 def _load(experiment: Experiment) -> None:
-    """Quantizers and transform scales that the run has found."""
+    """Quantizers, transform scales and static ranges that the run has found."""
     run, config, supernet = experiment.run, experiment.config, experiment.module.supernet
     with bad_input():
         state, _ = read_tensors(run.supernet, "quantizers of the supernet")
@@ -146,5 +147,8 @@ def _load(experiment: Experiment) -> None:
         for m in used_tiles(config):
             spec = winograd_spec(config, m)
             experiment.winograd[m] = spec, read_scales(run.winograd_scales, spec)
-    supernet.set_winograd(experiment.winograd)
+        supernet.set_winograd(experiment.winograd)
+        if has_static_ranges(config):
+            ranges, _ = read_tensors(run.winograd_ranges, "static ranges of Winograd layers")
+            load_ranges(supernet, ranges, str(run.winograd_ranges))
     experiment.module.to(experiment.device)

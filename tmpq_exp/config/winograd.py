@@ -13,6 +13,9 @@ from tmpq_exp.config.checks import UserError, check_at_least, check_bits, check_
 SCALES = ("standard", "closed_form", "learned")
 """Kinds of scales of the Winograd transforms."""
 
+ACT_SCALES = ("dynamic", "static")
+"""When scales of x, V and M are found: at every input, or once, on calibration data."""
+
 
 @dataclass
 class WinogradLearningConfig:
@@ -65,6 +68,8 @@ class WinogradConfig:
         input_bits, v_bits, u_bits: Bits of a stage; null follows the layer's own bits.
         m_bits: Bits of the products before the output transform.
         m_scale: ``tile`` (all taps of a tile share a scale of M) or ``tap`` (each has its own, in groups).
+        act_scales: ``dynamic`` (scales of x, V and M follow every input) or ``static`` (their ranges are measured once,
+            on calibration data).
         transform_bits: Bits of integer transform matrices, 4..16; null keeps them float.
         shaped_stages: Which of ``u``, ``v`` and ``m`` round with error feedback.
         pixel_correlation: Correlation of neighbouring pixels that shaping of U assumes, in [0, 1).
@@ -87,6 +92,7 @@ class WinogradConfig:
     u_bits: int | None = None
     m_bits: int = 8
     m_scale: str = "tile"
+    act_scales: str = "dynamic"
     transform_bits: int | None = None
     shaped_stages: list[str] = field(default_factory=list)
     pixel_correlation: float = 0.5
@@ -133,6 +139,8 @@ class WinogradConfig:
             raise UserError(f"winograd.method must be one of {', '.join(methods)}, found {self.method!r}")
         if self.m_scale not in ("tile", "tap"):
             raise UserError(f"winograd.m_scale must be tile or tap, found {self.m_scale!r}")
+        if self.act_scales not in ACT_SCALES:
+            raise UserError(f"winograd.act_scales must be dynamic or static, found {self.act_scales!r}")
         unknown = sorted(set(self.shaped_stages) - {"u", "v", "m"})
         if unknown:
             raise UserError(f"winograd.shaped_stages must hold u, v or m, found {unknown[0]!r}")

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from tmpq_exp.config import QuantConfig, QuantizerConfig
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS
 from tmpq_exp.quant.quantizer import ActQuantizer, Quantizer, WeightQuantizer
-from tmpq_exp.winograd.conv import WinogradSpec, transform_weights, winograd_conv2d
+from tmpq_exp.winograd.conv import (
+    StaticRanges,
+    WinogradSpec,
+    WinogradWeights,
+    balanced_ranges,
+    measure_ranges,
+    transform_weights,
+    winograd_conv2d,
+)
 from tmpq_exp.winograd.matrices import NetworkMatrices
 
 Observer: TypeAlias = Callable[[ActQuantizer, Tensor], None]
@@ -274,16 +282,22 @@ class QuantConv2d(WeightedLayer):
 
     Args:
         winograd: Specification and matrices of every tile this layer may take; empty if it is not eligible.
+        ranges: Static ranges by layer and tile; activation scales are dynamic where there are none.
         **arguments: See ``WeightedLayer``.
     """
 
     float_layer: nn.Conv2d
 
     def __init__(
-        self, *, winograd: Mapping[int, tuple[WinogradSpec, NetworkMatrices]], float_layer: nn.Conv2d, **arguments: Any
+        self,
+        *,
+        winograd: Mapping[int, tuple[WinogradSpec, NetworkMatrices]],
+        float_layer: nn.Conv2d,
+        ranges: Mapping[tuple[str, int], StaticRanges] | None = None,
+        **arguments: Any,
     ) -> None:
         super().__init__(float_layer=float_layer, num_inputs=float_layer.in_channels, channel_dim=1, **arguments)
-        self.winograd = winograd
+        self.winograd, self.ranges = winograd, {} if ranges is None else ranges
 
     def tiles(self) -> Collection[int]:
         """See ``QuantLayer.tiles``."""
@@ -298,20 +312,48 @@ class QuantConv2d(WeightedLayer):
         return y
 
     def _winograd_forward(self, x: Tensor) -> Tensor:
-        setting, conv = self.setting, self.float_layer
+        setting, bias = self.setting, self.float_layer.bias
         spec, of_layers = self.winograd[setting.tile]
-        matrices = of_layers.of(self.name)
-        weights = self.cache.get(
-            (self.name, setting.weight_bits, setting.tile),
-            lambda: transform_weights(conv.weight, matrices, spec, setting.weight_bits),
-        )
-        left, _, top, _ = conv._reversed_padding_repeated_twice  # numbers, also where padding is "same"
-        if conv.padding_mode != "zeros":
-            x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-            left = top = 0
-        if self._quantizes_input(spec):
+        weights = self._winograd_weights(setting.weight_bits, setting.tile)
+        ranges = self.ranges.get((self.name, setting.tile))
+        x, padding = self._padded(x)
+        if ranges is not None:
+            ranges = balanced_ranges(ranges, weights, spec)
+        elif self._quantizes_input(spec):
             x, spec = self.quantize_act(self.act_quantizer, x), replace(spec, quantize_input=False)
-        return winograd_conv2d(x, weights, conv.bias, matrices, spec, setting.act_bits, (top, left))
+        return winograd_conv2d(x, weights, bias, of_layers.of(self.name), spec, setting.act_bits, padding, ranges)
+
+    def measure_ranges(self, x: Tensor, tile: int) -> StaticRanges:
+        """Static ranges of x, V and M at a tile for inputs ``(B, C, H, W)``, no stage quantized, whatever the setting.
+
+        Where the method balances channels, V's are those of every channel before: the balance follows from them.
+        """
+        spec, of_layers = self.winograd[tile]
+        weights, matrices = self._winograd_weights(FLOAT_BITS, tile), of_layers.of(self.name)
+        x, padding = self._padded(x)
+        if weights.balance is None:
+            return measure_ranges(x, weights, matrices, spec, FLOAT_BITS, padding)
+        weights = replace(weights, balance=None)
+        found = measure_ranges(x, weights, matrices, spec, FLOAT_BITS, padding)
+        by_channel = measure_ranges(x, weights, matrices, replace(spec, group_size=1), FLOAT_BITS, padding)
+        return replace(found, v=by_channel.v)
+
+    def _winograd_weights(self, bits: int, tile: int) -> WinogradWeights:
+        spec, of_layers = self.winograd[tile]
+        matrices, ranges = of_layers.of(self.name), self.ranges.get((self.name, tile))
+        by_channel = None if ranges is None else ranges.v
+        return self.cache.get(
+            (self.name, bits, tile),
+            lambda: transform_weights(self.float_layer.weight, matrices, spec, bits, by_channel),
+        )
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The input and the zeros it still needs: other kinds of padding are put on here."""
+        conv = self.float_layer
+        left, _, top, _ = conv._reversed_padding_repeated_twice  # numbers, also where padding is "same"
+        if conv.padding_mode == "zeros":
+            return x, (top, left)
+        return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
 
     def _quantizes_input(self, spec: WinogradSpec) -> bool:
         """Whether x goes through the layer's own quantizer, as in direct computation: a dynamic one with zero points.

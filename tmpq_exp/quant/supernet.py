@@ -30,7 +30,7 @@ from tmpq_exp.quant.layers import (
 )
 from tmpq_exp.quant.quantizer import Quantizer
 from tmpq_exp.quant.seams import find_seams
-from tmpq_exp.winograd.conv import WinogradSpec
+from tmpq_exp.winograd.conv import StaticRanges, WinogradSpec
 from tmpq_exp.winograd.matrices import NetworkMatrices
 from tmpq_exp.winograd.scales import ScaleSet, as_scale_set
 from tmpq_exp.winograd.transform import WinogradScales
@@ -70,6 +70,7 @@ class Supernet(nn.Module):
         self.cache = WeightCache(config.cache_max_bytes)
         self.shapes, self.config, self.seams = tuple(layers), config, dict(seams or {})
         self.winograd: dict[int, tuple[WinogradSpec, NetworkMatrices]] = {}
+        self.ranges: dict[tuple[str, int], StaticRanges] = {}
         choices = zip(layers, weight_choices, act_choices, strict=True)
         self._layers = [self._replace(shape, weights, acts) for shape, weights, acts in choices]
         self._runs_compiled = False
@@ -101,7 +102,7 @@ class Supernet(nn.Module):
             "seam": self.seams.get(shape.name, 0),
         }
         if isinstance(shape, ConvShape):
-            layer = QuantConv2d(winograd=self.winograd if is_eligible(shape) else {}, **arguments)
+            layer = QuantConv2d(winograd=self.winograd if is_eligible(shape) else {}, ranges=self.ranges, **arguments)
         else:
             layer = QuantLinear(**arguments)
         setattr(parent, child_name, layer)
@@ -112,6 +113,8 @@ class Supernet(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for m, (spec, matrices) in self.winograd.items():
             self.winograd[m] = spec, matrices.map(fn)
+        for key, ranges in self.ranges.items():
+            self.ranges[key] = ranges.map(fn)
         self.quantizers_changed()
         return self
 
@@ -122,12 +125,20 @@ class Supernet(nn.Module):
         return next(self.network.parameters()).is_cuda if wanted is None else wanted
 
     def set_winograd(self, tiles: Mapping[int, tuple[WinogradSpec, WinogradScales | ScaleSet]]) -> None:
-        """Let eligible convolutions take these tiles, with these specifications and scales."""
+        """Let eligible convolutions take these tiles, with these specifications and scales, without ranges."""
         device = next(self.network.parameters()).device
         self.winograd.clear()
+        self.ranges.clear()
         for m, (spec, scales) in tiles.items():
             matrices = as_scale_set(scales).network_matrices(spec)
             self.winograd[m] = spec, matrices.map(lambda x: x.to(device))
+        self.cache.clear()
+
+    def set_ranges(self, ranges: Mapping[tuple[str, int], StaticRanges]) -> None:
+        """Let Winograd layers have static activation scales, by layer and tile; the others' stay dynamic."""
+        device = next(self.network.parameters()).device
+        self.ranges.clear()
+        self.ranges.update({key: found.map(lambda x: x.to(device)) for key, found in ranges.items()})
         self.cache.clear()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

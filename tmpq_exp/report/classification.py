@@ -21,7 +21,8 @@ CLASSIFICATION_REPORT_KEYS: Mapping[str, str] = {
     "task": "always classify",
     "model": "name of the classifier",
     "weights_hash": "content hash of its weights",
-    "data": "{name, num_classes, resize, crop, mean, std}: the images and what was done to them",
+    "data": "{name, num_classes, resize, crop, mean, std, calibration}: the images and what was done to them; "
+    "calibration is {name, num_images, fingerprint, rows}, the images behind the static scales of these rows, or null",
     "num_images": "images that every row was measured on",
     "fingerprint": "hash of everything that top-1 depends on beside the row: images, weights, batch size, threads, ...",
     "classification": "one element a row, see CLASSIFICATION_ENTRY_KEYS",
@@ -41,7 +42,7 @@ CLASSIFICATION_ENTRY_KEYS: Mapping[str, str] = {
     "scales": "standard, closed_form or learned; null where all layers are direct",
     "top1": "share of images whose class is found, in percent",
     "top1_interval": "[low, high]: Wilson's 95 % interval of top1 over images, in percent",
-    "sqnr_db": "median over eligible layers of the SQNR in dB on unit Gaussian input; null for float",
+    "sqnr_db": "median over eligible layers of the SQNR in dB on unit Gaussian input; null for float and static scales",
     "multiplications_ratio": "multiplications of the direct network over this one's, border tiles whole, no transforms",
 }
 """Keys of a row."""
@@ -110,6 +111,15 @@ def points_lost(report: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
     return "-" if entry["name"] == "float" else f"{entry['top1'] - float_top1(report):+.2f}"
 
 
+def calibration_note(report: Mapping[str, Any]) -> str:
+    """Which rows have static activation scales, and from which images, behind a space; empty if all are dynamic."""
+    calibration = report["data"].get("calibration")
+    if calibration is None:
+        return ""
+    images = f"{calibration['num_images']:,} images of {calibration['name']}"
+    return f" Activation scales are static, from {images}, in {', '.join(calibration['rows'])}."
+
+
 def classification_table(report: Mapping[str, Any]) -> Table:
     """All rows as a table for the terminal.
 
@@ -119,7 +129,7 @@ def classification_table(report: Mapping[str, Any]) -> Table:
     validate_classification(report)
     caption = (
         f"{report['num_images']:,} images of {report['data']['name']}. SQNR: unit Gaussian input, median of layers. "
-        "Quantization is simulated: multiplications are counted, not timed."
+        f"Quantization is simulated: multiplications are counted, not timed.{calibration_note(report)}"
     )
     table = Table(title=str(report["model"]), caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.padding, table.collapse_padding = (0, 1), True

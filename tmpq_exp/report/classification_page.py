@@ -8,7 +8,7 @@ from typing import Any
 
 from tmpq_exp.files import replace_file
 from tmpq_exp.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, frame
-from tmpq_exp.report.classification import float_top1, points_lost, validate_classification
+from tmpq_exp.report.classification import calibration_note, float_top1, points_lost, validate_classification
 from tmpq_exp.report.content import plain
 from tmpq_exp.report.page import stage_bars, template
 from tmpq_exp.report.winograd import winograd_pictures
@@ -38,6 +38,7 @@ def classification_html(path: str | os.PathLike[str], report: Mapping[str, Any])
         "float_top1": float_top1(content),
         "rows": [entry | {"lost": points_lost(content, entry)} for entry in content["classification"]],
         "best": _best(content),
+        "calibration_note": calibration_note(content),
         "chart": accuracy_chart(content["classification"]),
         "learning": [_learning(entry) for entry in content["learning"] if len(entry["curve_db"]) > 1],
         "layers": _layers(content),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ __all__ = [
     "WinogradMatrices",
     "WinogradSpec",
     "WinogradWeights",
+    "balanced_ranges",
     "measure_ranges",
     "transform_weights",
     "weight_feedback",
@@ -87,8 +89,9 @@ def transform_weights(
         matrices: Of the spec's transform.
         spec: What is quantized, and how.
         weight_bits: 2..16, or ``FLOAT_BITS`` for no quantization.
-        channel_ranges: For ``bqw_style``: ranges of V by tap and channel, (n*n, C), such as ``StaticRanges.v`` of a
-            spec with groups of 1. None takes them as equal, as they are for white input: weights alone then decide.
+        channel_ranges: For ``bqw_style``, other methods have no use for them: ranges of V by tap and channel, (n*n, C),
+            such as ``StaticRanges.v`` of a spec with groups of 1. None takes them as equal, as they are for white
+            input: weights alone then decide.
 
     Raises:
         ValueError: If ``weight`` is not (K, C, r, r) or ``weight_bits`` out of range.
@@ -195,12 +198,11 @@ def winograd_conv2d(
     size = _output_size(x, u, spec, padding)
     check_bits("act_bits", act_bits)
     tiles = (-(-size[0] // spec.m), -(-size[1] // spec.m))
-    per_image = spec.n**2 * tiles[0] * tiles[1] * max(u.shape[1:])
     needs_grad = torch.is_grad_enabled() and (
         matrices.requires_grad or any(t is not None and t.requires_grad for t in (x, u, bias))
     )
     whole = needs_grad or x.device.type != "cpu"
-    chunk = x.shape[0] if whole else max(1, CHUNK_ELEMENTS // per_image)
+    chunk = x.shape[0] if whole else _fitting_images(u, spec, tiles)
     out = [
         _convolve(images, weights, matrices, spec, act_bits, padding, tiles, ranges) for images in torch.split(x, chunk)
     ]
@@ -221,10 +223,41 @@ def measure_ranges(
 ) -> StaticRanges:
     """Static ranges of x, V and M for these inputs; ``StaticRanges.union`` joins those of several batches.
 
+    A few images are looked at at a time, on every device, so that little memory is held.
+
     Args: see ``winograd_conv2d``.
     """
     size = _output_size(x, weights.u, spec, padding)
     tiles = (-(-size[0] // spec.m), -(-size[1] // spec.m))
+    chunk = _fitting_images(weights.u, spec, tiles)
+    found = (_measure(images, weights, matrices, spec, act_bits, padding, tiles) for images in torch.split(x, chunk))
+    return reduce(StaticRanges.union, found)
+
+
+def balanced_ranges(ranges: StaticRanges, weights: WinogradWeights, spec: WinogradSpec) -> StaticRanges:
+    """Ranges for weights that balance channels, whose V is divided before it is quantized; others' stay as they are.
+
+    Args:
+        ranges: With those of V before it is divided, one a tap and channel: what ``channel_ranges`` of
+            ``transform_weights`` takes.
+        weights: Balanced or not.
+        spec: Decides which channels share a scale.
+    """
+    if weights.balance is None:
+        return ranges
+    return replace(ranges, v=static_range(ranges.v / weights.balance, "v", spec))
+
+
+def _measure(
+    x: Tensor,
+    weights: WinogradWeights,
+    matrices: WinogradMatrices,
+    spec: WinogradSpec,
+    act_bits: int,
+    padding: int | tuple[int, int],
+    tiles: tuple[int, int],
+) -> StaticRanges:
+    """``measure_ranges`` of a few images."""
     padded = _pad(x, spec, padding, tiles)
     x_range = static_range(padded, "input", spec)
     padded = quantize_stage(padded, "input", spec, spec.stage_bits("input", act_bits))
@@ -275,6 +308,11 @@ def _output_size(x: Tensor, u: Tensor, spec: WinogradSpec, padding: int | tuple[
             f"found {padding} for {x.shape[2]}x{x.shape[3]}"
         )
     return height, width
+
+
+def _fitting_images(u: Tensor, spec: WinogradSpec, tiles: tuple[int, int]) -> int:
+    """Images whose V and M have at most ``CHUNK_ELEMENTS``; at least 1."""
+    return max(1, CHUNK_ELEMENTS // (spec.n**2 * tiles[0] * tiles[1] * max(u.shape[1:])))
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -78,6 +78,8 @@ class WinogradSpec:
         u_bits: Likewise; None takes the layer's ``weight_bits``.
         m_scale: ``"tile"``: all taps of a tile share a scale, as an integer output transform needs. ``"tap"``: every
             tap has its own, in groups of channels; the output transform then runs on floats.
+        act_scales: ``"dynamic"``, or ``"static"``: x, V and M have ranges that were measured beforehand. Who runs a
+            network by this spec hands them to ``winograd_conv2d``, which goes by what it is given.
         method: A ``Method`` or its name.
         transform_bits: Bits of A_T, G and B_T as integers with one scale a row, 4..16; None leaves them float.
         shaped_stages: Which of ``u``, ``v``, ``m`` round with error feedback, see ``winograd.shaping``.
@@ -100,6 +102,7 @@ class WinogradSpec:
     v_bits: int | None = None
     u_bits: int | None = None
     m_scale: str = "tile"
+    act_scales: str = "dynamic"
     method: str = Method.GROUPS.value
     transform_bits: int | None = None
     shaped_stages: Sequence[str] = ()
@@ -118,12 +121,19 @@ class WinogradSpec:
                 check_bits(name, bits)
         if self.m_scale not in ("tile", "tap"):
             raise ValueError(f"m_scale must be tile or tap, found {self.m_scale!r}")
+        if self.act_scales not in ("dynamic", "static"):
+            raise ValueError(f"act_scales must be dynamic or static, found {self.act_scales!r}")
         if self.transform_bits is not None and self.transform_bits not in range(4, 17):
             raise ValueError(f"transform_bits must be in 4..16 or None for float, found {self.transform_bits!r}")
         if self.method == Method.BQW_STYLE and {"u", "v"} & set(self.shaped_stages):
             raise ValueError(f"shaped_stages of method bqw_style may hold m only, found {self.shaped_stages!r}")
         if not 0 <= self.pixel_correlation < 1:
             raise ValueError(f"pixel_correlation must be in [0, 1), found {self.pixel_correlation!r}")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether activation scales come from ranges that were measured beforehand."""
+        return self.act_scales == "static"
 
     @property
     def n(self) -> int:
