@@ -53,6 +53,7 @@ ORDER = (
     "winograd.noise",
     "winograd.scales",
     "quant.layers",
+    "quant.attention_products",
     "quant.compiling",
     "diffusion.sampler",
     "cost",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from tmpq_exp.choices import examined_tiles
+from tmpq_exp.choices import examined_tiles, has_static_ranges
 from tmpq_exp.experiment import Experiment, make_search
 from tmpq_exp.quant.allocation import FLOAT_BITS, Candidate
 from tmpq_exp.quant.reconstruction import bit_widths
@@ -173,9 +173,14 @@ class Tally:
         return Calls(config.num_images * config.num_timesteps)
 
     def winograd(self) -> Calls:
-        """A trajectory and one call more for each examined tile; learning its scales calls no U-Net."""
-        tiles = examined_tiles(self._config)
-        return Calls(STATES_FOR_SCALES * (self._config.calibration.num_timesteps + 1)).times(len(tiles))
+        """A trajectory and one call more for each examined tile, and a look at the states where ranges are static.
+
+        Learning scales calls no U-Net.
+        """
+        config = self._config.calibration
+        scales = Calls(STATES_FOR_SCALES * (config.num_timesteps + 1)).times(len(examined_tiles(self._config)))
+        is_static = has_static_ranges(self._config)
+        return scales + Calls(config.num_images * config.num_timesteps if is_static else 0)
 
 
 def stage_calls(experiment: Experiment) -> dict[str, Calls]:

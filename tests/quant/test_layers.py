@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tmpq_exp.config import Granularity, QuantConfig, QuantizerConfig
 from tmpq_exp.quant.allocation import FLOAT_BITS
-from tmpq_exp.quant.layers import FLOAT, LayerSetting, QuantAttentionProducts, QuantConv2d, QuantLinear, WeightCache
+from tmpq_exp.quant.attention_products import QuantAttentionProducts
+from tmpq_exp.quant.layers import FLOAT, LayerSetting, QuantConv2d, QuantLinear, WeightCache
 from tmpq_exp.quant.primitives import fake_quantize, integer_range
 from tmpq_exp.quant.quantizer import ActQuantizer, Quantizer
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d

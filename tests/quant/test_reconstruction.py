@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tmpq_exp.config import CalibrationConfig, Granularity, QuantConfig, QuantizerConfig
 from tmpq_exp.quant.activations import ActivationStore
+from tmpq_exp.quant.attention_products import QuantAttentionProducts
 from tmpq_exp.quant.blockwise import BlockwiseReconstruction, UnitRecord
-from tmpq_exp.quant.layers import QuantAttentionProducts, WeightedLayer
+from tmpq_exp.quant.layers import WeightedLayer
 from tmpq_exp.quant.reconstruction import (
     bit_widths,
     nearest_choice,

@@ -13,7 +13,8 @@ from torch import Tensor
 from tmpq_exp.config import CalibrationConfig
 from tmpq_exp.quant.activations import UnitInputs, take_rows
 from tmpq_exp.quant.allocation import FLOAT_BITS
-from tmpq_exp.quant.layers import LayerSetting, QuantAttentionProducts, QuantLayer, WeightedLayer, layers_at
+from tmpq_exp.quant.attention_products import QuantAttentionProducts
+from tmpq_exp.quant.layers import LayerSetting, QuantLayer, WeightedLayer, layers_at
 from tmpq_exp.quant.quantizer import ActQuantizer, Quantizer
 from tmpq_exp.quant.rounding import Learned, LearnedScale, SoftRounding, learnable_fake_quantize
 from tmpq_exp.quant.units import Unit, frozen

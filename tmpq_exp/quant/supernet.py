@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tmpq_exp.config import QuantConfig
 from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import Allocation, Candidate
+from tmpq_exp.quant.attention_products import QuantAttentionProducts
 from tmpq_exp.quant.compiling import compiled
 from tmpq_exp.quant.layers import (
     FLOAT,
     LayerSetting,
     Observer,
-    QuantAttentionProducts,
     QuantConv2d,
     QuantLayer,
     QuantLinear,
