@@ -103,6 +103,7 @@ ORDER = (
     "quant.means",
     "quant.rounding",
     "quant.reconstruction",
+    "quant.passes",
     "quant.blockwise",
     "quant.calibration",
     "winograd.learning",
