@@ -132,8 +132,8 @@ def test_a_run_says_the_forecast_first_and_then_calls_what_it_said(
         counted.append(len(sample))
         return forward(self, sample, *args, **kwargs)
 
-    def calibrating(experiment: Experiment) -> None:
-        calibrate(experiment)
+    def calibrating(experiment: Experiment, *team: Any) -> None:
+        calibrate(experiment, *team)
         counted.clear()  # it reaches blocks by replays of the network in which finished ones are left out
 
     monkeypatch.setattr(UNet2DModel, "forward", counting)

@@ -36,12 +36,27 @@ TIMEOUT = 200
 NUM_SEARCHED = 13
 """Trials of the search and of its baselines."""
 
+LEARNED = (
+    *(override for override in TINY if override != "calibration=ranges"),
+    *("calibration=uniform_prefix", "calibration.num_images=4", "calibration.num_timesteps=2"),
+    *("calibration.weight_iterations=2", "calibration.act_iterations=2", "calibration.batch_size=4", "num_threads=1"),
+)
+"""As ``TINY``, with bit widths that are learned."""
+
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process."""
     directory = tmp_path_factory.mktemp("ranks") / "alone"
     run_here(directory, *TINY)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def learned_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that learns bit widths."""
+    directory = tmp_path_factory.mktemp("learned") / "alone"
+    run_here(directory, *LEARNED)
     return directory
 
 
@@ -73,17 +88,32 @@ def same_end(directory: Path, alone: Path) -> None:
         assert reports[0][key] == reports[1][key]
 
 
+def same_calibration(directory: Path, alone: Path) -> None:
+    states = [read_tensors(place / "supernet.safetensors", "quantizers") for place in (directory, alone)]
+    assert states[0][1]["inputs"] == states[1][1]["inputs"]
+    assert states[0][0].keys() == states[1][0].keys()
+    assert all(torch.equal(states[0][0][key], states[1][0][key]) for key in states[0][0])
+    records = [json.loads((place / "stages.json").read_text())["calibrate"]["result"] for place in (directory, alone)]
+    assert records[0] == records[1]
+    assert not (directory / "calibration").exists()
+
+
 def lose_rank_1(directory: Path, count: int) -> bytes:
     """Start two ranks, kill the second when so many trials are recorded, and give what they left behind."""
-    process = start(directory, *TINY, *TWO)
-    wait_until(lambda: num_trials(directory) >= count or process.poll() is not None)
+    lose_rank_1_when(lambda: num_trials(directory) >= count, directory, TINY)
+    return (directory / "trials.jsonl").read_bytes()
+
+
+def lose_rank_1_when(moment: Callable[[], bool], directory: Path, overrides: tuple[str, ...]) -> None:
+    """Start two ranks, kill the second at a moment, and look at what the run says."""
+    process = start(directory, *overrides, *TWO)
+    wait_until(lambda: moment() or process.poll() is not None)
     os.kill(children(process)[0], signal.SIGKILL)
     output = finish(process, 1, -signal.SIGKILL)  # rank 0 sees it, or Lightning's observer where rank 0 is at work
     (said,) = [line for line in output.splitlines() if line.startswith("tmpq-exp: ")]
     assert "rank of this run has stopped" in said
     assert "start again with the same hydra.run.dir" in said
     assert "Traceback" not in output
-    return (directory / "trials.jsonl").read_bytes()
 
 
 def test_two_ranks_write_what_one_writes_until_one_is_lost(alone: Path, tmp_path: Path) -> None:
@@ -100,6 +130,34 @@ def test_two_ranks_go_on_behind_a_lost_one(alone: Path, tmp_path: Path) -> None:
     finish(start(tmp_path / "run", *TINY, *TWO))
     assert (tmp_path / "run" / "trials.jsonl").read_bytes().startswith(before)
     same_end(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_learns(learned_alone: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    finish(start(directory, *LEARNED, *TWO))
+    same_calibration(directory, learned_alone)
+    same_end(directory, learned_alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_calibration_goes_on_behind_a_lost_rank(ranks: int, learned_alone: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+
+    def units() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (directory / "calibration").glob("unit_*.safetensors")}
+
+    lose_rank_1_when(lambda: len(units()) >= 5, directory, LEARNED)
+    before = units()
+    assert len(before) >= 5
+    process = start(directory, *LEARNED, f"trainer.devices={ranks}")
+    wait_until(lambda: len(units()) > len(before) or process.poll() is not None)
+    kept = units()
+    assert not kept or before.items() <= kept.items()
+    finish(process)
+    same_calibration(directory, learned_alone)
+    same_end(directory, learned_alone)
 
 
 @pytest.mark.slow

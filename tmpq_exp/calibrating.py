@@ -11,21 +11,29 @@ from tmpq_exp.config.identity import digest
 from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.activations import ActivationStore
 from tmpq_exp.quant.allocation import Candidate
-from tmpq_exp.quant.calibration import CalibrationModule, UnitFiles
+from tmpq_exp.quant.blockwise import SAMPLED, BlockwiseReconstruction
+from tmpq_exp.quant.calibration import CalibrationModule, Reconstruction, UnitFiles
 from tmpq_exp.quant.states import CalibrationState, cached_states
 from tmpq_exp.quant.supernet import Supernet, SupernetModule
 from tmpq_exp.recipe import bit_choices
 from tmpq_exp.rundir import bad_input
+from tmpq_exp.sharing import Team
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
 RESULT_FREE = ("states", "max_cache_bytes")
 """Settings of the calibration that change nothing but where things are: states count by what they hold."""
 
 
-def calibrate(experiment: Experiment) -> None:
-    """Set all quantizers, or read them back if the same calibration was done before; goes on behind a killed one."""
+def calibrate(experiment: Experiment, team: Team | None = None) -> None:
+    """Set all quantizers, or read them back if the same calibration was done before; goes on behind a killed one.
+
+    Args:
+        experiment: The run.
+        team: Who learns bit widths beside this process, where each is learned behind a network of its own.
+    """
     path, config = experiment.run.supernet, experiment.config.calibration
-    experiment.calibration = _calibrate(experiment, experiment.module, config, path, "calibrate")
+    learning = BlockwiseReconstruction if team is None or config.method == SAMPLED else team.reconstruction
+    experiment.calibration = _calibrate(experiment, experiment.module, config, path, "calibrate", learning)
 
 
 def recalibrated(experiment: Experiment, candidate: Candidate) -> SupernetModule:
@@ -46,7 +54,12 @@ def recalibrated(experiment: Experiment, candidate: Candidate) -> SupernetModule
 
 
 def _calibrate(
-    experiment: Experiment, module: SupernetModule, settings: CalibrationConfig, path: Path, name: str
+    experiment: Experiment,
+    module: SupernetModule,
+    settings: CalibrationConfig,
+    path: Path,
+    name: str,
+    reconstruction: Reconstruction = BlockwiseReconstruction,
 ) -> list[dict[str, Any]]:
     """Quantizers by these settings, kept in a file; what an earlier run to be reused has is copied.
 
@@ -69,7 +82,8 @@ def _calibrate(
             supernet.load_quantizer_state(read_tensors(earlier, "quantizers of the supernet")[0], str(earlier))
             records: list[dict[str, Any]] = []
         else:
-            records = _learn(experiment, supernet, settings, states, digest(inputs), name)
+            files = UnitFiles(experiment.run.calibration, digest(inputs))
+            records = _learn(experiment, supernet, settings, states, files, name, reconstruction)
         path.parent.mkdir(exist_ok=True)
         write_tensors(path, supernet.quantizer_state(), metadata)
         return records
@@ -98,14 +112,14 @@ def _learn(
     supernet: Supernet,
     settings: CalibrationConfig,
     states: list[CalibrationState],
-    inputs: str,
+    files: UnitFiles,
     name: str,
+    reconstruction: Reconstruction,
 ) -> list[dict[str, Any]]:
     """Calibrate unit by unit; what a killed calibration had finished is taken over."""
-    folder = experiment.run.calibration
-    files = UnitFiles(folder, inputs)
-    with ActivationStore(settings.max_cache_bytes, folder / "activations", experiment.device) as store, bad_input():
-        module = CalibrationModule(supernet, states, settings, experiment.config.seed, store, files)
+    folder = files.folder / "activations"
+    with ActivationStore(settings.max_cache_bytes, folder, experiment.device) as store, bad_input():
+        module = CalibrationModule(supernet, states, settings, experiment.config.seed, store, files, reconstruction)
         total = module.num_epochs
         trainer = experiment.trainer(
             name, total, count_epochs=True, max_epochs=total, reload_dataloaders_every_n_epochs=1

@@ -22,17 +22,20 @@ from tmpq_exp.report import further_table, pareto_png, report_html, samples_png,
 from tmpq_exp.results import assemble_report, picture_records, sample_rows
 from tmpq_exp.rundir import RunDirectory, writing
 from tmpq_exp.search.trials import Trial, TrialLog
+from tmpq_exp.sharing import Team
 from tmpq_exp.stages import Shipped, evaluate, search, select, specialize
 from tmpq_exp.terminal import print_table
 from tmpq_exp.tiling import winograd_scales
 from tmpq_exp.tracking import Job, NullTracker, Tracker, finishing, open_tracker, run_results, say_notice
 from tmpq_exp.weighing import weigh
+from tmpq_exp.worker import Blueprint
 
 
 def run(config: Config, resolved: dict[str, Any]) -> None:
     """Search a model and write recipe and report into the run directory; resumes a run that was killed there.
 
-    Of several processes under the Trainer's strategy the first does all that; the others measure candidates for it.
+    Of several processes under the Trainer's strategy the first does all that; the others learn bit widths and measure
+    candidates for it.
 
     Args:
         config: Checked configuration.
@@ -67,7 +70,7 @@ def _drive(config: Config, resolved: dict[str, Any], ranks: Ranks | None) -> Non
         tracker = open_tracker(config.logger, job, map(asdict, trials.trials))
         with finishing(tracker), _executing(experiment, resolved, ranks):
             experiment.ready_metrics()
-            calibrate(experiment)
+            calibrate(experiment, None if ranks is None else Team(ranks, Blueprint.here(resolved)))
             winograd = winograd_scales(experiment)
             static_ranges(experiment)
             algorithm, search_objective = search(experiment)

@@ -1,9 +1,10 @@
-"""Several processes of one run under Lightning's strategies: rank 0 drives and records, the others measure for it.
+"""Several processes of one run under Lightning's strategies: rank 0 drives and records, the others work for it.
 
 Rank 0 alone runs the stages, so that ranks cannot disagree on what comes next. Candidates of a generation are shared
 out in rounds of one a rank, and each round is recorded in the order in which its candidates were asked for: any number
-of ranks writes the same ``trials.jsonl``. Quantizers are calibrated by rank 0 and read by the others from the run
-directory, so that all of them hold the same to the last bit, also where a GPU would not repeat it.
+of ranks writes the same ``trials.jsonl``. Bit widths that are calibrated apart from each other are shared out too (see
+``tmpq_exp.sharing``); all else of the calibration is rank 0's. It writes the quantizers, and the others read them from
+the run directory, so that all of them hold the same to the last bit, also where a GPU would not repeat it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.experiment import Experiment
+from tmpq_exp.learner import Learner
 from tmpq_exp.overrides import is_bad_input
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.objective import Measured, Objective
@@ -43,6 +45,9 @@ PATIENCE = timedelta(days=30)
 
 MAIN_PID = "TMPQ_EXP_RANK_0_PID"
 """Environment variable that tells a process which rank 0 has started it."""
+
+BUILT: dict[str, Callable[..., Worker | Learner]] = {"build": Worker, "learner": Learner}
+"""Calls that make a rank's worker, which answers all others; a new one takes the place of the one before."""
 
 OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script"
 """Logger of Lightning's observer of the processes that it started."""
@@ -126,14 +131,17 @@ class Ranks:
 
     def serve(self) -> None:
         """Answer rank 0's calls until it ends the run, or is gone."""
-        worker: Worker | None = None
+        worker: Worker | Learner | None = None
         while (message := self._hear()) is not None:  # ends with the run
             method, arguments = message
             answer: Any = None
             try:
-                if method == "build":
-                    worker = Worker(*arguments[self.rank - 1])
-                elif self.rank <= len(arguments):
+                if self.rank > len(arguments):
+                    pass
+                elif method in BUILT:
+                    worker = None  # of two there is no room
+                    worker = BUILT[method](*arguments[self.rank - 1])
+                else:
                     assert worker is not None
                     answer = getattr(worker, method)(*arguments[self.rank - 1])
             except Exception as error:

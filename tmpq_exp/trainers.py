@@ -20,7 +20,7 @@ def stage_trainer(
     """A Trainer from the trainer group, with a progress bar of ``total`` batches or epochs.
 
     Where the group names several devices it is of this process's own alone: one process drives a run's stages, the
-    others only score candidates for it (see ``tmpq_exp.ranks``).
+    others work for it (see ``tmpq_exp.ranks``).
     """
     found = group_trainer(config)
     if num_ranks(found) > 1:

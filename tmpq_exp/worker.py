@@ -47,6 +47,30 @@ class Blueprint:
         return cls(config, os.getcwd(), torch.get_num_threads())
 
 
+def lay_out(blueprint: Blueprint, needed: str) -> Experiment:
+    """The driving process's run, laid out in this one, which computes as that does.
+
+    Args:
+        blueprint: What it is built from.
+        needed: What the run directory must hold, as ``RunDirectory`` calls it.
+
+    Raises:
+        UserError: If the run directory is not there.
+    """
+    quiet_lightning()
+    os.chdir(blueprint.directory)
+    torch.set_num_threads(blueprint.num_threads)
+    config = from_plain(blueprint.config)
+    run = RunDirectory(Path(config.paths.run_dir))
+    file: Path = getattr(run, needed)
+    if not file.exists():
+        raise UserError(
+            f"hydra.run.dir: {run.path.absolute()} holds no {file.name} on {socket.gethostname()}; a run "
+            "directory must lie on a file system that all of its workers share"
+        )
+    return prepare(config, run, TrialLog(Path(os.devnull)), on_trial=lambda trial: None)
+
+
 @dataclass(frozen=True)
 class Order:
     """What candidates are to be measured by.
@@ -86,19 +110,9 @@ class Worker:
     """
 
     def __init__(self, blueprint: Blueprint) -> None:
-        quiet_lightning()
-        os.chdir(blueprint.directory)
-        torch.set_num_threads(blueprint.num_threads)
-        config = from_plain(blueprint.config)
-        run = RunDirectory(Path(config.paths.run_dir))
-        if not run.supernet.exists():
-            raise UserError(
-                f"hydra.run.dir: {run.path.absolute()} holds no {run.supernet.name} on {socket.gethostname()}; a run "
-                "directory must lie on a file system that all of its workers share"
-            )
-        self._experiment = prepare(config, run, TrialLog(Path(os.devnull)), on_trial=lambda trial: None)
+        self._experiment = lay_out(blueprint, "supernet")
         _load(self._experiment)
-        make_ready(config, self._experiment.device, [self._experiment.metric])
+        make_ready(self._experiment.config, self._experiment.device, [self._experiment.metric])
         self._objectives: dict[tuple[str, str], Objective] = {}
 
     def knows(self, order: Order) -> bool:

@@ -14,6 +14,7 @@ from tmpq_exp.config import CalibrationConfig
 from tmpq_exp.quant.activations import ActivationStore, Stream
 from tmpq_exp.quant.layers import WeightedLayer, layers_at
 from tmpq_exp.quant.means import InputMoments, flip_roundings, last_layer
+from tmpq_exp.quant.passes import Touched, in_rounds, touched
 from tmpq_exp.quant.reconstruction import (
     Draw,
     UnitData,
@@ -50,7 +51,7 @@ class UnitRecord:
 
 
 class BlockwiseReconstruction:
-    """Learns a supernet's quantizers unit by unit: call ``begin``, ``learn`` for every pass, and ``finish``, in order.
+    """Learns a supernet's quantizers unit by unit: call ``begin``, ``learn_passes`` and ``finish``, in order.
 
     Args:
         supernet: Its ranges are estimated already.
@@ -58,6 +59,7 @@ class BlockwiseReconstruction:
         config: Method, iterations, batch size and learning rates.
         seed: Of every draw.
         store: Where activations are kept; its device is where the supernet is.
+        share: Which of the passes are made here; the others' parameters are read from elsewhere.
 
     References:
         Li et al., "BRECQ", ICLR 2021: reconstruction block by block. Sun et al., "TMPQ-DM", arXiv 2404.09532: one
@@ -73,6 +75,7 @@ class BlockwiseReconstruction:
         config: CalibrationConfig,
         seed: int,
         store: ActivationStore,
+        share: slice = slice(None),
     ) -> None:
         self.supernet, self.config, self.seed, self.store = supernet, config, seed, store
         probe = partial(states[0].first_image().run, device=store.device)
@@ -81,12 +84,23 @@ class BlockwiseReconstruction:
         self.widths = bit_widths(supernet.layers)
         self.passes: tuple[int | str, ...] = (SAMPLED,) if config.method == SAMPLED else self.widths
         make = partial(Stream, supernet, self.units, last_uses, states, store)
-        self._float, self._streams = make(), {name: make() for name in self.passes}
+        self._float, self._streams = make(), {name: make() for name in self.passes[share]}
 
     def begin(self, index: int) -> None:
-        """Compute what the unit shall give: its float output on float input."""
-        module = self.units[index].module
-        self._float.advance(lambda _, args, kwargs: module(*args, **kwargs))
+        """Compute what the unit shall give, its float output on float input, and make room for its roundings."""
+        unit, config = self.units[index], self.config
+        self._float.advance(lambda _, args, kwargs: unit.module(*args, **kwargs))
+        for layer in unit.layers:
+            if isinstance(layer, WeightedLayer) and (config.weight_iterations or config.correct_means):
+                layer.weight_quantizer.start_rounding(layer.float_layer.weight.detach())
+
+    def learn_passes(self, index: int) -> list[UnitRecord]:
+        """Learn the parameters of a unit in all passes, one after the other.
+
+        Returns:
+            The records of ``learn``, pass by pass.
+        """
+        return [record for name in self.passes for record in self.learn(index, name)]
 
     def learn(self, index: int, name: int | str) -> list[UnitRecord]:
         """Learn the parameters of a unit in one pass; they are kept where they lower its error.
@@ -98,9 +112,6 @@ class BlockwiseReconstruction:
             A record for every bit width of the pass.
         """
         unit, config = self.units[index], self.config
-        for layer in unit.layers:
-            if isinstance(layer, WeightedLayer) and (config.weight_iterations or config.correct_means):
-                layer.weight_quantizer.start_rounding(layer.float_layer.weight.detach())
         inputs = self._streams[name].inputs()
         try:
             data = UnitData(inputs, self._float.output(index), self.store.device, self._float.batch_size)
@@ -168,6 +179,16 @@ class BlockwiseReconstruction:
         if isinstance(name, str):
             return random_draw(unit.layers, stream(self.seed, "carried", unit.name, batch))
         return uniform_draw(unit.layers, name)
+
+    def rounds(self, index: int) -> list[list[int | str]]:
+        """All passes over a unit; those of one round can be made side by side."""
+        return in_rounds({name: self.touched(index, name) for name in self.passes})
+
+    def touched(self, index: int, name: int | str) -> Touched:
+        """Parameters of a unit that a pass at uniform bits has to do with."""
+        assert isinstance(name, int), "a pass that draws its settings is the only one"
+        unit = self.units[index]
+        return touched(unit, uniform_draw(unit.layers, name), self._learned_at(unit, name), self.config)
 
     def _draws(self, unit: Unit, name: int | str, generator: torch.Generator) -> tuple[Sequence[Draw], Sequence[Draw]]:
         counts = self.config.weight_iterations, self.config.act_iterations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,11 @@ from tmpq_exp.quant.supernet import Supernet
 from tmpq_exp.quant.units import find_units
 from tmpq_exp.seeding import stream
 from tmpq_exp.zoo.weights import read_tensors, write_tensors
+
+Reconstruction = Callable[
+    [Supernet, Sequence[CalibrationState], CalibrationConfig, int, ActivationStore], BlockwiseReconstruction
+]
+"""Makes a ``BlockwiseReconstruction`` from its arguments."""
 
 
 class UnitFiles:
@@ -77,6 +82,7 @@ class CalibrationModule(L.LightningModule):
         seed: Of every draw.
         store: Where reconstruction keeps activations; not needed for ``ranges``.
         files: Where finished epochs are kept; None keeps none.
+        reconstruction: Makes what learns block by block.
 
     Raises:
         ValueError: If a layer's activations held NaN or infinity; the layer and the timestep are named.
@@ -90,12 +96,13 @@ class CalibrationModule(L.LightningModule):
         seed: int,
         store: ActivationStore | None = None,
         files: UnitFiles | None = None,
+        reconstruction: Reconstruction = BlockwiseReconstruction,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.supernet = supernet
         self._states, self._config, self._seed = list(states), config, seed
-        self._store, self._files = store, files
+        self._store, self._files, self._reconstruction = store, files, reconstruction
         self._layer_names = {q: layer.name for layer in supernet.layers for q in layer.act_quantizers()}
         self._blockwise: BlockwiseReconstruction | None = None
         self._resumed = False
@@ -118,17 +125,15 @@ class CalibrationModule(L.LightningModule):
         """The reconstruction; made when the first block is reached, because it looks at estimated ranges."""
         if self._blockwise is None:
             assert self._store is not None, "reconstruction needs a store of activations"
-            self._blockwise = BlockwiseReconstruction(
-                self.supernet, self._states, self._config, self._seed, self._store
-            )
+            self._blockwise = self._reconstruction(self.supernet, self._states, self._config, self._seed, self._store)
         return self._blockwise
 
     def configure_optimizers(self) -> None:
         """None: a block has optimizers of its own."""
 
-    def train_dataloader(self) -> Sequence[int | str]:
-        """Indices of the states for the ranges, then the passes over a block."""
-        return range(len(self._states)) if self.current_epoch == 0 else self.blockwise.passes
+    def train_dataloader(self) -> Sequence[int]:
+        """Indices of the states for the ranges, then that of a block."""
+        return range(len(self._states)) if self.current_epoch == 0 else [self.current_epoch - 1]
 
     def on_train_epoch_start(self) -> None:
         """Begin to observe, or with a block; what was finished before a kill is taken over."""
@@ -148,11 +153,11 @@ class CalibrationModule(L.LightningModule):
             self._epoch_records = finished[1]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One call of the float network under observation, or one pass over a block."""
+        """One call of the float network under observation, or all passes over a block."""
         if self._resumed:
             return
         if self.current_epoch > 0:
-            self._epoch_records += self.blockwise.learn(self.current_epoch - 1, batch)
+            self._epoch_records += self.blockwise.learn_passes(batch)
             return
         state = self._states[batch]
         generator = stream(self._seed, "calibration values", batch)
