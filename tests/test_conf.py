@@ -101,6 +101,12 @@ def test_every_folder_is_a_group_of_the_defaults_list() -> None:
     assert listed == {path.name for path in CONF.iterdir() if path.is_dir()}
 
 
+def test_an_overlay_counts_more_than_the_defaults_and_the_command_line_most() -> None:
+    assert checked().num_threads is None
+    assert checked("debug=tiny").num_threads == 1
+    assert checked("debug=tiny", "num_threads=2").num_threads == 2
+
+
 def test_two_smoke_overlays_compose_together() -> None:
     config = checked("tier=smoke", "winograd=f4", "experiment=digits_w5a5", "ablation=bits_only", "debug=tiny")
     assert (config.tier, config.winograd.tile, config.budget.weight_bits) == ("smoke", 4, 5)
