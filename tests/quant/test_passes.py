@@ -7,7 +7,7 @@ import torch
 
 from tests.quant.conftest import Case
 from tmpq_exp.config import CalibrationConfig
-from tmpq_exp.quant.layers import QuantAttentionProducts
+from tmpq_exp.quant.attention_products import QuantAttentionProducts
 from tmpq_exp.quant.passes import Touched, in_rounds, merged, touched
 from tmpq_exp.quant.reconstruction import uniform_draw
 from tmpq_exp.quant.supernet import Supernet

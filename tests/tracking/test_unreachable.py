@@ -89,7 +89,10 @@ def test_a_server_that_goes_away_is_said_once(tmp_path: Path, server: http.serve
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("started wandb   http://127.0.0.1:")
+    started = process.stdout.readline()
+    if not started.startswith("started wandb   http://127.0.0.1:"):
+        process.kill()
+        pytest.fail(started + process.communicate()[1])
     server.shutdown()
     server.server_close()
     start = time.monotonic()

@@ -14,7 +14,7 @@ from tmpq_exp.tracking.records import BIT_EDGES, bit_counts, table_rows, trial_b
 from tmpq_exp.tracking.tracker import Job, QualityChart, Results
 
 INIT_TIMEOUT_SECONDS = 30
-"""How long ``online`` waits for the server at the start."""
+"""How long ``online`` waits for the server at the start, and for W&B's own process before that."""
 
 FINISH_TIMEOUT_SECONDS = 60
 """How long it waits at the end for what is not uploaded yet."""
@@ -158,6 +158,7 @@ def _known_settings(mode: str, job: Job) -> dict[str, Any]:
         "x_disable_stats": mode != "online",
         "x_transaction_log_flush_interval": 0.5,
         "init_timeout": INIT_TIMEOUT_SECONDS,
+        "x_service_wait": INIT_TIMEOUT_SECONDS,
         "finish_timeout": FINISH_TIMEOUT_SECONDS,
         "finish_timeout_raises": True,
     }
