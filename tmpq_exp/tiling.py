@@ -184,17 +184,22 @@ def tile_rule(experiment: Experiment) -> Candidate | None:
     for weight_bits, act_bits in sorted(pairs, key=lambda pair: (min(pair), pair), reverse=True):
         direct = experiment.uniform(timesteps, weight_bits, act_bits)
         (allocation,) = direct.allocations
-        noises, bitops = [], []
+        bitops = [
+            {tile: cost.layer_bitops(index, allocation.weight_bits[index], act_bits, tile) for tile in tiles}
+            for index, tiles in enumerate(experiment.space.tile_choices)
+        ]
+        if calls * sum(min(of_layer.values()) for of_layer in bitops) > experiment.budget_bitops:
+            continue  # before anything is measured
+        noises = []
         for index, tiles in enumerate(experiment.space.tile_choices):
-            settings = [LayerSetting(allocation.weight_bits[index], act_bits, tile) for tile in tiles]
-            bitops.append({s.tile: cost.layer_bitops(index, s.weight_bits, s.act_bits, s.tile) for s in settings})
             layer, powers = experiment.module.supernet.layers[index], [0.0]
             if isinstance(layer, QuantConv2d) and len(tiles) > 1:
+                settings = [LayerSetting(allocation.weight_bits[index], act_bits, tile) for tile in tiles]
                 powers = _noise_powers(layer, settings, seeds[index], config.winograd.learning.noise)
             noises.append(dict(zip(tiles, powers, strict=True)))
         chosen = choose_tiles(noises, bitops, experiment.budget_bitops // calls)
-        if chosen is not None:
-            return replace(direct, allocations=(replace(allocation, tiles=chosen),))
+        assert chosen is not None, "the cheapest tiles fit"
+        return replace(direct, allocations=(replace(allocation, tiles=chosen),))
     return None
 
 
