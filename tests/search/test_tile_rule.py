@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tmpq_exp.search.tile_rule import choose_tiles
@@ -14,6 +14,10 @@ layers = st.lists(
 
 
 @given(layers, st.floats(0, 1.1))
+@example([((1.0, 1), (1.0, 1), (1.0, 8388606)), ((1.0, 1), (1.0, 1), (0.5, 2)), ((1.0, 3), (1.0, 3), (2.0, 1))], 1.2e-7)
+@example(
+    [((3.0, 1), (1.0, 10**10), (2.0, 1)), ((3.0, 1), (2.0, 2), (1.0, 3)), ((3.0, 1), (2.0, 2), (1.0, 4))], 0.99999999995
+)
 def test_no_other_choice_has_less_noise_within_the_budget(
     found: list[tuple[tuple[float, int], ...]], at: float
 ) -> None:

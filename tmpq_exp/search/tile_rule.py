@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+
+MAX_ROUNDS = 20
+"""Most solutions of the integer program: mostly one to find the least noise and one to see that it is."""
 
 
 def choose_tiles(
@@ -13,7 +16,9 @@ def choose_tiles(
 ) -> tuple[int, ...] | None:
     """Tile of every layer so that the layers' noise adds up to the least the budget allows.
 
-    An exact optimum: a multiple-choice knapsack, solved as an integer program by branch and bound.
+    A multiple-choice knapsack, solved as an integer program by branch and bound. The solver works to a millionth of
+    what its figures are divided by: of the spare BitOPs, and of the noise above the least that the best choice so far
+    has. It is asked again with that of its own choice, and without those of its choices that pass the budget.
 
     Args:
         noise: For every layer, tile -> power of its output's error over that of the output, finite.
@@ -23,43 +28,64 @@ def choose_tiles(
     Returns:
         One tile a layer, or None where even the cheapest tiles cost more than the budget.
     """
-    cheapest = sum(min(of_layer.values()) for of_layer in bitops)
-    if cheapest > budget_bitops:
+    lowest, cheapest = [min(of_layer.values()) for of_layer in noise], [min(of_layer.values()) for of_layer in bitops]
+    spare = budget_bitops - sum(cheapest)
+    if spare < 0:
         return None
-    choices = [(layer, tile) for layer, of_layer in enumerate(noise) for tile in of_layer]
-    layers = np.array([layer for layer, _ in choices])
-    powers = np.array([noise[layer][tile] for layer, tile in choices])
-    prices = np.array([bitops[layer][tile] for layer, tile in choices], dtype=float)
-    slack = budget_bitops - sum(max(of_layer.values()) for of_layer in bitops)
-    if slack >= 0:  # the budget binds nothing
-        return tuple(min((power, tile) for tile, power in of_layer.items())[1] for of_layer in noise)
-    one_each = (layers[None, :] == np.arange(len(noise))[:, None]).astype(float)
-    scale = max(1.0, float(prices.max()))
+    excess = {
+        (layer, tile): (power - lowest[layer], bitops[layer][tile] - cheapest[layer])
+        for layer, of_layer in enumerate(noise)
+        for tile, power in of_layer.items()
+        if bitops[layer][tile] - cheapest[layer] <= spare
+    }
+    best = [
+        min((price, noise[layer][tile], tile) for tile, price in of_layer.items())[-1]
+        for layer, of_layer in enumerate(bitops)
+    ]
+    refused = list[set[tuple[int, int]]]()
+    for _ in range(MAX_ROUNDS):
+        above = sum(excess[choice][0] for choice in enumerate(best))
+        if above == 0:
+            break
+        taken = _solve({choice: found for choice, found in excess.items() if found[0] <= above}, above, spare, refused)
+        if sum(excess[choice][1] for choice in enumerate(taken)) > spare:
+            refused.append(set(enumerate(taken)))
+        elif sum(excess[choice][0] for choice in enumerate(taken)) >= above:
+            break
+        else:
+            best = taken
+    return tuple(best)
+
+
+def _solve(
+    excess: Mapping[tuple[int, int], tuple[float, int]],
+    above: float,
+    spare: int,
+    refused: Sequence[Collection[tuple[int, int]]],
+) -> list[int]:
+    """Tile of every layer: least noise within the spare BitOPs, both as excess over the least of the layer.
+
+    Args:
+        excess: (Layer, tile) -> noise and BitOPs above the layer's least.
+        above: Noise to divide by, above 0.
+        spare: BitOPs that all layers together may cost above the least, at least 0.
+        refused: Choices that must not come back.
+    """
+    choices = list(excess)
+    powers, prices = (np.array(values, dtype=float) for values in zip(*excess.values(), strict=True))
+    num_layers = 1 + max(layer for layer, _ in choices)
+    one_each = np.array([[layer == row for layer, _ in choices] for row in range(num_layers)], dtype=float)
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(prices / max(1, spare), ub=spare / max(1, spare)),
+        *(LinearConstraint([float(c in taken) for c in choices], ub=num_layers - 1) for taken in refused),
+    ]
     found = milp(
-        powers / max(float(powers.max()), np.finfo(float).tiny),
+        powers / above,
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(prices / scale, ub=budget_bitops / scale)],
+        constraints=constraints,
         options={"mip_rel_gap": 0.0},
     )
     assert found.success, found.message
-    taken = [choices[i] for i in np.flatnonzero(found.x > 0.5).tolist()]
-    return _within(dict(taken), noise, bitops, budget_bitops)
-
-
-def _within(
-    taken: dict[int, int], noise: Sequence[Mapping[int, float]], bitops: Sequence[Mapping[int, int]], budget: int
-) -> tuple[int, ...]:
-    """The solver's tiles; cheaper ones where its tolerance let the sum pass the budget by a rounding error."""
-    for _ in range(len(noise)):
-        if sum(bitops[layer][tile] for layer, tile in taken.items()) <= budget:
-            break
-        cheaper = [
-            (noise[layer][other] - noise[layer][tile], layer, other)
-            for layer, tile in taken.items()
-            for other in noise[layer]
-            if bitops[layer][other] < bitops[layer][tile]
-        ]
-        _, layer, other = min(cheaper)
-        taken[layer] = other
-    return tuple(taken[layer] for layer in range(len(noise)))
+    return [tile for _, tile in sorted(choices[i] for i in np.flatnonzero(found.x > 0.5).tolist())]
