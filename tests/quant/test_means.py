@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tmpq_exp.config import CalibrationConfig, Granularity, QuantConfig, QuantizerConfig
+from tmpq_exp.quant import blockwise as blockwise_module
 from tmpq_exp.quant.activations import ActivationStore
 from tmpq_exp.quant.blockwise import BlockwiseReconstruction
 from tmpq_exp.quant.layers import LayerSetting, QuantConv2d, WeightCache, layers_at
@@ -125,6 +126,39 @@ def test_the_last_layer_is_the_one_that_reaches_the_output(digits: Case, task: D
     assert conv is not None
     assert conv.name == "conv_out"
     assert last_layer(units["conv_out"], 7) is None
+
+
+@pytest.mark.parametrize("method", ["uniform_prefix", "sampled"])
+def test_a_pass_that_does_not_help_leaves_no_flips(
+    digits: Case, task: DiffusionTask, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = [(8, 5) if shape.name == "conv_in" else (8, 5, 4) for shape in digits.layers]  # at 4 it runs at 5
+    supernet = Supernet(digits.network, digits.layers, choices, [(8, 5, 4)] * len(choices), STATIC)
+    digits.observe(supernet)
+    flipped = []
+    errors = iter(range(1, 1000))
+
+    def flip(layer: QuantConv2d, bits: int, *_: object) -> None:
+        layer.weight_quantizer.rounding[layer.weight_quantizer.choice(bits)] ^= 1
+        flipped.append(bits)
+
+    monkeypatch.setattr(blockwise_module, "flip_roundings", flip)
+    monkeypatch.setattr(blockwise_module, "unit_error", lambda *_: (float(next(errors)), torch.zeros(1)))
+    config = CalibrationConfig(method=method)
+    with ActivationStore(2**30, tmp_path / "spill", torch.device("cpu")) as store:
+        blockwise = BlockwiseReconstruction(supernet, trajectory_states(task, 2, 1, 0), config, 0, store)
+        index = [unit.name for unit in blockwise.units].index("conv_in")
+        for earlier in range(index):
+            blockwise.begin(earlier)
+            blockwise.finish(earlier)
+        blockwise.begin(index)
+        layers = blockwise.units[index].layers
+        before = {key: value.clone() for key, value in supernet.quantizer_state(layers).items()}
+        records = blockwise.learn_passes(index)
+        after = supernet.quantizer_state(layers)
+    assert flipped == [8, 5, 5]
+    assert [record.loss_after for record in records] == [record.loss_before for record in records]
+    assert [key for key, value in after.items() if not value.equal(before[key])] == []
 
 
 @pytest.mark.slow

@@ -127,9 +127,10 @@ class BlockwiseReconstruction:
             learn_unit(unit, data, draws, self._learned_at(unit, name), config, generator, error)
             records = []
             for bits, draw in judged.items():
-                after = (
-                    self._correct_mean(unit, data, draw) if config.correct_means else unit_error(unit, data, draw)[0]
-                )
+                if config.correct_means:
+                    after = self._correct_mean(unit, data, draw, before[bits])
+                else:
+                    after = unit_error(unit, data, draw)[0]
                 if not after <= before[bits]:
                     self._restore(unit, kept, self._learned_at(unit, bits))
                     after = before[bits]
@@ -138,8 +139,11 @@ class BlockwiseReconstruction:
         finally:
             inputs.release(self.store)
 
-    def _correct_mean(self, unit: Unit, data: UnitData, draw: Draw) -> float:
-        """Flip roundings of the unit's last layer against the mean errors of its channels; kept where they fall.
+    def _correct_mean(self, unit: Unit, data: UnitData, draw: Draw, most: float) -> float:
+        """Flip roundings of the unit's last layer against the mean errors of its channels.
+
+        They are kept where these fall and the squared output error is at most ``most``: the layer may run at a width of
+        another pass here, which must not be left worse.
 
         Returns:
             Squared output error that the unit then has.
@@ -154,7 +158,7 @@ class BlockwiseReconstruction:
         before = layer.weight_quantizer.rounding.clone()
         flip_roundings(layer, draw[unit.layers.index(layer)].weight_bits, moments, error)
         squared_after, error_after = unit_error(unit, data, draw)
-        if error_after.square().sum() <= error.square().sum():
+        if squared_after <= most and error_after.square().sum() <= error.square().sum():
             return squared_after
         layer.weight_quantizer.rounding = before
         layer.cache.clear()
