@@ -17,7 +17,7 @@ from tmpq_exp.cost import AttentionShape, ConvShape, LayerShape, is_eligible
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 from tmpq_exp.quant.calibration import CalibrationModule
 from tmpq_exp.quant.states import trajectory_states
-from tmpq_exp.quant.static_ranges import measuring_ranges
+from tmpq_exp.quant.static_ranges import measuring_ranges_for_all_bits
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.recipe import save_packed, task_layers, write_recipe
 from tmpq_exp.winograd.conv import WinogradSpec
@@ -109,7 +109,7 @@ def ranged(task: DiffusionTask) -> SupernetModule:
     module = make_module(task, STATIC)
     tiles = {m: (replace(spec, act_scales="static"), scales) for m, (spec, scales) in TILES.items()}
     module.supernet.set_winograd(tiles)
-    with measuring_ranges(module.supernet) as found, torch.no_grad():
+    with measuring_ranges_for_all_bits(module.supernet) as found, torch.no_grad():
         for state in trajectory_states(task, 2, 2, 0):
             state.run(module.supernet, module.device)
     module.supernet.set_ranges(found)

@@ -26,7 +26,7 @@ from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation
 from tmpq_exp.quant.layers import QuantConv2d
 from tmpq_exp.quant.primitives import sqnr_db
-from tmpq_exp.quant.static_ranges import RangesByLayer, load_ranges, measuring_ranges, ranges_state
+from tmpq_exp.quant.static_ranges import RangesByLayer, load_ranges, measuring_ranges_for_all_bits, ranges_state
 from tmpq_exp.quant.supernet import Supernet
 from tmpq_exp.rundir import RunDirectory, bad_input
 from tmpq_exp.seeding import stream_seed
@@ -274,7 +274,11 @@ def with_ranges(study: Study, row: Row) -> Row:
 
 @torch.no_grad()
 def _measure_ranges(study: Study, name: str, data: CalibrationImages, path: Path) -> None:
-    with measuring_ranges(study.supernet) as found, StageBar(f"ranges {name}", data.num_batches) as bar, bad_input():
+    with (
+        measuring_ranges_for_all_bits(study.supernet) as found,
+        StageBar(f"ranges {name}", data.num_batches) as bar,
+        bad_input(),
+    ):
         for images, _ in data.test_dataloader():
             study.supernet(images.to(study.device))
             bar.advance()

@@ -12,7 +12,7 @@ from tmpq_exp.config.identity import digest
 from tmpq_exp.experiment import Experiment
 from tmpq_exp.progress import StageBar
 from tmpq_exp.quant.states import cached_states
-from tmpq_exp.quant.static_ranges import load_ranges, measuring_ranges, ranges_state
+from tmpq_exp.quant.static_ranges import load_ranges, measuring_ranges_for_all_bits, ranges_state
 from tmpq_exp.rundir import bad_input
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
@@ -20,8 +20,9 @@ from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 def static_ranges(experiment: Experiment) -> None:
     """Give the supernet static ranges at every tile in use, or read them back if they were found before.
 
-    The float model runs over the states of the calibration; see ``quant.static_ranges.measuring_ranges``. Nothing is
-    done where ``winograd.act_scales`` is dynamic. The data-free rule for tiles came before, with dynamic scales.
+    The float model runs over the states of the calibration; see ``quant.static_ranges.measuring_ranges_for_all_bits``.
+    Nothing is done where ``winograd.act_scales`` is dynamic. The data-free rule for tiles came before, with dynamic
+    scales.
 
     Raises:
         UserError: If the states or a file of an earlier run cannot be used.
@@ -39,7 +40,7 @@ def static_ranges(experiment: Experiment) -> None:
 
     @torch.no_grad()
     def compute() -> int:
-        with measuring_ranges(supernet) as found, StageBar("winograd ranges", len(states)) as bar:
+        with measuring_ranges_for_all_bits(supernet) as found, StageBar("winograd ranges", len(states)) as bar:
             for state in states:
                 state.run(supernet, experiment.device)
                 bar.advance()

@@ -13,7 +13,13 @@ from tmpq_exp.config import Granularity, QuantConfig, QuantizerConfig
 from tmpq_exp.quant.allocation import FLOAT_BITS
 from tmpq_exp.quant.layers import LayerSetting, QuantConv2d, WeightCache
 from tmpq_exp.quant.primitives import sqnr_db
-from tmpq_exp.quant.static_ranges import load_ranges, measuring_ranges, ranges_state, split_state, winograd_layers
+from tmpq_exp.quant.static_ranges import (
+    load_ranges,
+    measuring_ranges_for_all_bits,
+    ranges_state,
+    split_state,
+    winograd_layers,
+)
 from tmpq_exp.quant.supernet import Supernet
 from tmpq_exp.winograd.conv import StaticRanges, WinogradSpec, measure_ranges, transform_weights, winograd_conv2d
 from tmpq_exp.winograd.matrices import NetworkMatrices, WinogradMatrices
@@ -100,7 +106,7 @@ def static(case: Case, *tiles: int) -> Supernet:
 
 
 def measured(case: Case, supernet: Supernet) -> dict[tuple[str, int], StaticRanges]:
-    with measuring_ranges(supernet) as found:
+    with measuring_ranges_for_all_bits(supernet) as found:
         assert torch.equal(case.run(supernet), case.run(case.network))  # all is float
     return dict(found)
 
@@ -123,7 +129,7 @@ def test_a_supernet_measures_every_eligible_layer_at_every_tile(case: Case) -> N
 def test_more_states_widen_ranges(case: Case) -> None:
     supernet = static(case, 4)
     few = measured(case, supernet)
-    with measuring_ranges(supernet) as found:
+    with measuring_ranges_for_all_bits(supernet) as found:
         case.run(supernet, 4)
         case.run(supernet, 2)
     for key, ranges in few.items():

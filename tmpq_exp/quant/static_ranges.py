@@ -37,7 +37,7 @@ def used_layers(candidate: Candidate, layers: Sequence[str]) -> set[tuple[str, i
 
 
 @contextmanager
-def measuring_ranges(supernet: Supernet) -> Iterator[RangesByLayer]:
+def measuring_ranges_for_all_bits(supernet: Supernet) -> Iterator[RangesByLayer]:
     """Float forwards inside find ranges of every layer that may be Winograd, at every tile it may take.
 
     They are those of unquantized x, V and M, and so hold at any bits, which a search varies by layer.
