@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from tests.search.test_objective import COST, REFERENCE, FakeMetric, FakeSupernet, candidate
+from tests.search.conftest import COST, REFERENCE, FakeMetric, FakeSupernet, candidate
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.executor import LocalExecutor, evaluate_all
 from tmpq_exp.search.objective import Measured, Objective

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,100 +12,12 @@ import torch
 from numpy.linalg import LinAlgError
 from torch import Tensor
 
-from tmpq_exp.config import UserError
-from tmpq_exp.cost import CostModel, LinearShape
-from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric, PerImageMetric
+from tests.search.conftest import REFERENCE, FakeMetric, Setup, candidate, fake_task
+from tmpq_exp.metrics.metric import Batch, PerImageMetric
 from tmpq_exp.quant.allocation import Allocation, Candidate
-from tmpq_exp.search.memory import is_out_of_memory
-from tmpq_exp.search.objective import Feed, Objective, Protocol, label
-from tmpq_exp.search.trials import Trial, TrialLog
-from tmpq_exp.zoo.conditioning import Prompts, Unconditional
-
-COST = CostModel((LinearShape("a", 4, 8, 2), LinearShape("b", 8, 4, 1)))
-
-
-def candidate(weight_bits: int, act_bits: int = 8, timesteps: tuple[int, ...] = (9, 0)) -> Candidate:
-    return Candidate(timesteps, (Allocation((weight_bits,) * 2, (act_bits,) * 2, (0, 0)),))
-
-
-REFERENCE = candidate(32, 32, (9, 5, 0))
-
-
-@dataclass
-class FakeSupernet:
-    """Images whose brightness is the candidate's weight bits; those of ``bad`` hold NaN.
-
-    No more than ``room`` images of a ``large`` candidate fit into memory.
-    """
-
-    bad: Candidate | None = None
-    large: tuple[Candidate, ...] = ()
-    room: int = 1
-    calls: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    is_compiled: bool = False
-    task: Any = field(default_factory=lambda: fake_task())
-
-    def latents(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:
-        return self.images(candidate, image_indices, seed) * 2 - 1
-
-    def images(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:
-        self.calls.append((candidate.key(), tuple(image_indices), seed))
-        if candidate in self.large and len(image_indices) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        images = torch.full((len(image_indices), 1, 2, 2), candidate.allocations[0].weight_bits[0] / 64)
-        if candidate == self.bad:
-            images[-1, 0, 0, 0] = float("nan")
-        return images
-
-
-class FakeNetwork:
-    """One feature an image: its brightness."""
-
-    num_features = 1
-
-    def features(self, images: Tensor) -> Tensor:
-        return images.flatten(1).mean(1, keepdim=True)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def to(self, device: torch.device) -> FakeNetwork:
-        return self
-
-
-@dataclass
-class FakeMetric(Metric):
-    """Mean brightness; ``raises`` or an odd ``value`` stand for a metric that breaks down."""
-
-    name: str = "brightness"
-    reference: str = "r"
-    value: float | None = None
-    raises: Exception | None = None
-    network: FeatureNetwork | None = field(default_factory=FakeNetwork)
-
-    def start(self, *, resampled: bool = False) -> Measurement:
-        return FakeMeasurement(self)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"metric": self.name, "reference": self.reference}
-
-
-class FakeMeasurement(Measurement):
-    def __init__(self, metric: FakeMetric) -> None:
-        self.metric = metric
-        self.images: list[Tensor] = []
-
-    def update(self, batch: Batch) -> None:
-        self.images.append(batch.images)
-
-    def value(self) -> float:
-        if self.metric.raises is not None:
-            raise self.metric.raises
-        return float(torch.cat(self.images).mean()) if self.metric.value is None else self.metric.value
-
-    def interval(self, num_resamples: int, seed: int) -> tuple[float, float]:
-        return self.value() - num_resamples, self.value() + num_resamples
+from tmpq_exp.search.objective import Feed, Protocol, label
+from tmpq_exp.search.trials import TrialLog
+from tmpq_exp.zoo.conditioning import Prompts
 
 
 @dataclass
@@ -128,42 +39,6 @@ class Seen(PerImageMetric):
 def byte(brightness: float) -> float:
     """Brightness of an image as it is saved."""
     return round(brightness * 255) / 255
-
-
-def fake_task(**changes: Any) -> SimpleNamespace:
-    return SimpleNamespace(
-        fingerprint={"weights": "w", "sampler": "s"} | changes,
-        conditions=Unconditional(),
-        decode=lambda x0: x0 / 2 + 0.5,
-    )
-
-
-@dataclass
-class Setup:
-    supernet: FakeSupernet
-    trials: TrialLog
-    told: list[Trial]
-    arguments: dict[str, Any]
-
-    def objective(self, **changes: Any) -> Objective:
-        arguments: dict[str, Any] = self.arguments | changes
-        return Objective(self.supernet, **arguments)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def setup(tmp_path: Path) -> Setup:
-    told: list[Trial] = []
-    trials = TrialLog(tmp_path / "trials.jsonl")
-    arguments = {
-        "metric": FakeMetric(),
-        "protocol": Protocol(num_images=5, seed=3, micro_batch=2),
-        "cost": COST,
-        "trials": trials,
-        "reference_candidate": REFERENCE,
-        "state": "s",
-        "on_trial": told.append,
-    }
-    return Setup(FakeSupernet(), trials, told, arguments)
 
 
 def test_images_come_in_micro_batches_of_one_stream(setup: Setup) -> None:
@@ -194,69 +69,6 @@ def test_no_candidate_is_scored_twice(setup: Setup) -> None:
     assert len(setup.supernet.calls) == calls
     assert setup.told == [first]
     assert setup.trials.path.read_bytes().count(b"\n") == 1
-
-
-def test_out_of_memory_halves_the_micro_batch_of_that_candidate_alone(
-    setup: Setup, capsys: pytest.CaptureFixture[str]
-) -> None:
-    protocol = Protocol(num_images=6, seed=3, micro_batch=5)
-    undisturbed = setup.objective(protocol=protocol, trials=TrialLog(setup.trials.path.with_name("other.jsonl")))
-    expected = [undisturbed.evaluate(candidate(bits), "search", generation=0) for bits in (8, 6)]
-    setup.supernet.large, setup.supernet.room = (candidate(8),), 2
-    setup.supernet.calls.clear()
-    objective = setup.objective(protocol=protocol)
-    fed: list[int] = []
-
-    def feed(wanted: Candidate, take: Callable[[Tensor], None]) -> None:
-        fed.append(1)
-        for indices in protocol.micro_batches():
-            take(setup.supernet.images(wanted, indices, protocol.seed))
-
-    found = [objective.evaluate(candidate(bits), "search", generation=0, feed=feed) for bits in (8, 6)]
-    assert [trial.micro_batch for trial in found] == [2, None], "5 does not fit, 2 does; the next starts at 5 again"
-    assert found == [replace(expected[0], micro_batch=2), expected[1]]
-    assert len(fed) == 2, "what feeds has the full micro-batch, and is left out behind the first attempt"
-    made = [batch for key, batch, _ in setup.supernet.calls if key == candidate(8).key()]
-    assert made == [(0, 1, 2, 3, 4), (0, 1), (2, 3), (4, 5)]
-    assert "out of memory at 5 images a forward" in capsys.readouterr().err
-    assert TrialLog(setup.trials.path).trials == found
-
-
-def test_memory_for_not_even_one_image_ends_the_search_and_records_nothing(setup: Setup) -> None:
-    objective = setup.objective()
-    objective.evaluate(candidate(6), "search")
-    setup.supernet.large, setup.supernet.room = (candidate(8),), 0
-    with pytest.raises(UserError, match=r"out of memory even at one image a forward; all evaluations before it are"):
-        objective.evaluate(candidate(8), "search")
-    assert [trial.key for trial in TrialLog(setup.trials.path).trials] == [candidate(6).key()]
-
-
-def test_memory_that_the_reference_needs_is_halved_too(setup: Setup) -> None:
-    setup.supernet.large = (REFERENCE,)
-    trial = setup.objective().evaluate(candidate(8), "search")
-    assert trial.micro_batch == 1
-    assert trial.metrics["psnr_db"] == pytest.approx(-20 * torch.log10(torch.tensor(24 / 64)).item(), abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (MemoryError(), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried ..."), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
-        (RuntimeError("shapes cannot be multiplied"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
-    assert is_out_of_memory(error) == expected
-
-
-def test_this_machines_own_words_are_known() -> None:
-    with pytest.raises((RuntimeError, MemoryError)) as caught:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert is_out_of_memory(caught.value)
 
 
 def test_the_float_reference_is_made_once_and_is_perfect(setup: Setup) -> None:
