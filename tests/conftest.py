@@ -1,4 +1,4 @@
-"""What all tests share: warnings that Lightning is known to give, the shared data folder, and a random InceptionV3."""
+"""What all tests share: warnings that Lightning is known to give, the shared data folder, and random networks."""
 
 from __future__ import annotations
 
@@ -74,3 +74,11 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(network.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a small run of task=classify reads; see ``tests.classifying.write_inputs``."""
+    from tests.classifying import write_inputs
+
+    return write_inputs(tmp_path_factory.mktemp("inputs"))

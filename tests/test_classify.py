@@ -11,20 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
-from omegaconf import OmegaConf
-from PIL import Image
 
+from tests.classifying import STATIC, rows, run
 from tmpq_exp import classification
 from tmpq_exp.__main__ import conf_dir
 from tmpq_exp.classification import BITS, Row, Study, allocation
-from tmpq_exp.classify import classify
-from tmpq_exp.config import UserError, register_schema, to_config
+from tmpq_exp.config import UserError
 from tmpq_exp.cost import CostModel
 from tmpq_exp.data import ImageFolderData
 from tmpq_exp.metrics.accuracy import count_correct
@@ -35,12 +29,9 @@ from tmpq_exp.report.classification import (
     CLASSIFICATION_REPORT_KEYS,
     validate_classification,
 )
-from tmpq_exp.rundir import RunDirectory
 from tmpq_exp.winograd.spec import WinogradSpec
-from tmpq_exp.zoo.resnet import CifarResNet, ResNetCifar
-from tmpq_exp.zoo.weights import read_tensors
+from tmpq_exp.zoo.resnet import ResNetCifar
 
-CLASSES = ("cat", "dog", "ship")
 TILES = ("f2_standard", "f4_standard", "f4_improved", "f6_standard")
 ROWS = [
     "float",
@@ -57,48 +48,6 @@ FURTHER = ["f4_improved_per_layer", "f6_standard_shaped"]
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of a ResNet-20 for three classes, and three folders of random images."""
-    folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    network = CifarResNet(20, len(CLASSES))
-    with torch.no_grad():
-        network.train()(torch.randn(64, 3, 12, 12))  # statistics of the norms, so that logits differ
-    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, folder / "r20.th")
-    rng = np.random.default_rng(0)
-    for name in CLASSES:
-        (folder / "images" / name).mkdir(parents=True)
-        for index in range(4):
-            pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / name / f"{index}.png")
-    return folder
-
-
-def run(inputs: Path, directory: Path, *overrides: str, **changes: str) -> None:
-    """The command as a user gives it, in this process; an empty change leaves a key as it is."""
-    register_schema()
-    GlobalHydra.instance().clear()
-    given = {
-        "experiment": "winograd/resnet_cifar",
-        "model.checkpoint": f"{inputs}/r20.th",
-        "data.root": f"{inputs}/images",
-        "data.resize": "12",
-        "data.crop": "12",
-        "data.batch_size": "5",
-        "winograd.learning.num_steps": "2",
-        "logger": "none",
-        "paths.run_dir": str(directory),
-    }
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        composed = compose(
-            "config", [*(f"{key}={value}" for key, value in (given | changes).items() if value), *overrides]
-        )
-    resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
-    assert isinstance(resolved, dict)
-    classify(to_config(composed), {str(key): value for key, value in resolved.items()})
-
-
-@pytest.fixture(scope="module")
 def done(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run") / "a"
     run(inputs, directory, *SMALL)
@@ -109,10 +58,6 @@ def done(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(done: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((done / "report.json").read_text(encoding="utf-8"))
     return content
-
-
-def rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {entry["name"]: entry for entry in report["classification"]}
 
 
 def test_every_row_has_its_documented_keys(report: dict[str, Any]) -> None:
@@ -274,100 +219,6 @@ def test_further_rows_take_baselines_and_scales_of_another_run(inputs: Path, don
     sqnr = {name: entry["sqnr_db"] for name, entry in rows(report).items() if entry["m"]}
     assert min(sqnr.values()) > 12  # standard scales, which both baselines get along without, give -4 dB
     assert sqnr["transferred"] > max(sqnr["per_tap"], sqnr["fsq"]) + 3  # by its points
-
-
-STATIC = (
-    "classification.tiles=[]",
-    "classification.further=["
-    "{name: dynamic, m: 4}, {name: static, m: 4, winograd: {act_scales: static}},"
-    "{name: balanced, m: 4, winograd: {act_scales: static, method: bqw_style}}]",
-)
-
-
-def calibration_images(root: Path, per_class: int = 2, size: int = 12, seed: int = 1) -> Path:
-    rng = np.random.default_rng(seed)
-    for name in ("one", "other"):
-        (root / name).mkdir(parents=True)
-        for index in range(per_class):
-            pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
-    return root
-
-
-def ranges_of(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    found = (read_tensors(path, "ranges") for path in (run / "winograd_ranges").iterdir())
-    return {metadata["row"]: tensors for tensors, metadata in found}
-
-
-@pytest.mark.slow
-def test_static_scales_come_from_calibration_images_alone(
-    inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    calibration = calibration_images(tmp_path / "calibration")
-    given = {"data.calibration_root": str(calibration), "data.calibration_images": "3"}
-    run(inputs, tmp_path / "a", *STATIC, **given)
-    said = " ".join(capfd.readouterr().out.split())
-    assert "Activation scales are static, from 3 images of calibration, in static, balanced." in said
-    report = json.loads((tmp_path / "a" / "report.json").read_text(encoding="utf-8"))
-    assert report["data"]["calibration"]["num_images"] == 3
-    assert report["data"]["calibration"]["rows"] == ["static", "balanced"]
-    sqnr = {name: entry["sqnr_db"] for name, entry in rows(report).items()}
-    assert sqnr["dynamic"] > 10
-    assert sqnr["static"] is sqnr["balanced"] is None  # noise is not what the ranges were measured on
-    specs = {detail["name"]: detail["spec"]["act_scales"] for detail in report["details"] if detail["spec"]}
-    assert specs == {"dynamic": "dynamic", "static": "static", "balanced": "static"}
-    assert "static, from 3 images of calibration" in (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
-
-    ranges = ranges_of(tmp_path / "a")
-    assert ranges.keys() == {"static", "balanced"}
-    data = ImageFolderData(str(calibration), limit=3)
-    ((images, _),) = data.test_dataloader()
-    pixels = images.abs().amax()  # of x, and its three colours share a group
-    assert torch.equal(ranges["static"]["winograd.f4.conv1.input"], pixels.expand(1, 3, 1, 1))
-
-    others = calibration_images(tmp_path / "tests", per_class=4, seed=2)
-    (others / "third").mkdir()
-    shutil.copy(others / "one" / "0.png", others / "third" / "0.png")
-    run(inputs, tmp_path / "b", *STATIC, **given | {"data.root": str(others)})  # other test images, the same ranges
-    again = ranges_of(tmp_path / "b")
-    for row, tensors in ranges.items():
-        assert all(torch.equal(again[row][key], value) for key, value in tensors.items())
-
-
-def test_static_rows_run_with_their_ranges(inputs: Path, tmp_path: Path) -> None:
-    register_schema()
-    GlobalHydra.instance().clear()
-    calibration = calibration_images(tmp_path / "calibration")
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        composed = compose(
-            "config",
-            [
-                *(
-                    "experiment=winograd/resnet_cifar",
-                    f"model.checkpoint={inputs}/r20.th",
-                    f"data.root={inputs}/images",
-                ),
-                *(f"data.calibration_root={calibration}", f"paths.run_dir={tmp_path / 'run'}", *STATIC),
-            ],
-        )
-    resolved: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
-    study = classification.prepare(to_config(composed), RunDirectory.claim(tmp_path / "run", resolved))
-    variants = {variant.name: variant for variant in study.config.classification.rows()}
-    found = {
-        name: classification.with_ranges(study, classification.winograd_row(study, variants[name], {}))
-        for name in ("dynamic", "static")
-    }
-    assert not found["dynamic"].ranges
-    assert len(found["static"].ranges) == len(study.layers)
-    assert found["dynamic"].state() != found["static"].state()
-    images = next(iter(study.data.test_dataloader()))[0][:4]
-    logits = {}
-    for name, row in found.items():
-        with classification._as(study, row), torch.no_grad():
-            logits[name] = study.supernet(images)
-    assert not torch.equal(logits["static"], logits["dynamic"])
-    exact = study.task.network(images)
-    assert float((logits["static"] - exact).square().mean() / exact.square().mean()) < 0.5
 
 
 @pytest.mark.parametrize(
