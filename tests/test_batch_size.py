@@ -36,7 +36,7 @@ def test_half_of_the_free_memory_is_filled(
 
 def test_a_gpu_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "free_memory", lambda device: 10**12)
-    assert fitting_micro_batch(LAYERS, 1, CUDA) == 512
+    assert fitting_micro_batch(LAYERS, 1, CUDA) == 1024
 
 
 def test_the_host_has_free_memory() -> None:

@@ -9,8 +9,8 @@ import torch
 
 from tmpq_exp.cost import AttentionShape, LayerShape
 
-LARGEST = {"cpu": 64, "cuda": 512}
-"""By kind of device: with more images a forward no image gets cheaper."""
+LARGEST = {"cpu": 64, "cuda": 1024}
+"""By kind of device: with more images a forward an image gets no cheaper, or by little where a network is small."""
 
 FLOAT_BYTES = 4
 
