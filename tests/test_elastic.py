@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 
@@ -41,6 +42,9 @@ def toys(**settings: Any) -> Actors:
         def add(self, number: int) -> int:
             time.sleep(0.02)
             return self.term + number
+
+        def pid(self) -> int:
+            return os.getpid()
 
         def end(self) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -119,6 +123,16 @@ def test_an_error_of_a_worker_is_one_of_the_run() -> None:
         list(actors.run("fail", [(UserError("no such folder"),)]))
     with pytest.raises(RuntimeError, match=r"^a worker: KeyError: 'x'$"):
         list(actors.run("fail", [(KeyError("x"),)]))
+
+
+def test_memory_that_does_not_suffice_is_said_as_such_and_costs_no_worker() -> None:
+    actors = toys(num_workers=2)
+    before = {pid for _, pid in actors.run("pid", [()] * 20)}
+    for error in (MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(MemoryError, match=r"^a worker: "):
+            list(actors.run("fail", [(error,)] * 4))
+    assert {pid for _, pid in actors.run("pid", [()] * 20)} <= before
+    assert sorted(actors.run("add", [(1,), (2,)])) == [(0, 1001), (1, 1002)]
 
 
 def test_a_cluster_without_room_is_said() -> None:

@@ -21,6 +21,7 @@ from tmpq_exp.config import ExecutorConfig, UserError
 from tmpq_exp.experiment import Experiment
 from tmpq_exp.overrides import is_bad_input
 from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.search.memory import is_out_of_memory
 from tmpq_exp.search.objective import Measured, Objective
 from tmpq_exp.search.protocol import Beside, Protocol
 from tmpq_exp.worker import Blueprint, Order, Worker
@@ -94,10 +95,20 @@ class Actors:
 
         Raises:
             UserError: If no actor is there and none could be started in time, or a call found bad input.
-            RuntimeError: If a call went wrong, or actors were lost too often.
+            MemoryError: If memory did not suffice for a call.
+            RuntimeError: If a call went wrong otherwise, or actors were lost too often.
         """
-        missing, losses = list(reversed(range(len(calls)))), [0] * len(calls)
         running: dict[ray.ObjectRef[Any], tuple[Any, int]] = {}
+        try:
+            yield from self._done(method, calls, running)
+        finally:  # after an error too those at work are there for the next call, which waits behind the present one
+            self._idle += [actor for actor, _ in running.values()]
+
+    def _done(
+        self, method: str, calls: Sequence[tuple[Any, ...]], running: dict[ray.ObjectRef[Any], tuple[Any, int]]
+    ) -> Iterator[tuple[int, Any]]:
+        """``run``, with what is under way at the moment: actor and number by call."""
+        missing, losses = list(reversed(range(len(calls)))), [0] * len(calls)
         while missing or running:  # every turn takes one result, or counts one loss, which is capped
             self._ask_for_more(len(running))
             while missing and self._idle:
@@ -107,15 +118,17 @@ class Actors:
             if done not in running:
                 self._take(done)
                 continue
-            actor, index = running.pop(done)
+            actor, index = running[done]
             try:
                 result = _result(done)
             except RayActorError as error:
+                del running[done]
                 missing.append(index)
                 losses[index] += 1
                 if losses[index] == MAX_LOSSES:
                     raise RuntimeError(f"{MAX_LOSSES} workers were lost over the same work ({error})") from error
                 continue
+            del running[done]
             self._idle.append(actor)
             self._num_lost = 0
             yield index, result
@@ -155,7 +168,7 @@ def _result(done: ray.ObjectRef[Any]) -> Any:
 
     Raises:
         RayActorError: If the actor was lost.
-        UserError, RuntimeError: What went wrong in it.
+        UserError, MemoryError, RuntimeError: What went wrong in it.
     """
     try:
         return ray.get(done)
@@ -163,7 +176,8 @@ def _result(done: ray.ObjectRef[Any]) -> Any:
         cause = error.cause
         if is_bad_input(cause):
             raise UserError(f"a worker: {cause}") from error
-        raise RuntimeError(f"a worker: {type(cause).__name__}: {cause}") from error
+        kind = MemoryError if is_out_of_memory(cause) else RuntimeError
+        raise kind(f"a worker: {type(cause).__name__}: {cause}") from error
 
 
 class RayExecutor:

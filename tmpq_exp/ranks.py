@@ -35,6 +35,7 @@ from tmpq_exp.experiment import Experiment
 from tmpq_exp.learner import Learner
 from tmpq_exp.overrides import is_bad_input
 from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.search.memory import is_out_of_memory
 from tmpq_exp.search.objective import Measured, Objective
 from tmpq_exp.search.protocol import Protocol
 from tmpq_exp.trainers import group_trainer, num_ranks
@@ -61,24 +62,27 @@ class Failure:
         rank: Whose.
         message: What went wrong.
         is_bad_input: Whether the user can set it right.
+        is_out_of_memory: Whether less at once might do.
         details: The traceback.
     """
 
     rank: int
     message: str
     is_bad_input: bool
+    is_out_of_memory: bool
     details: str
 
     @classmethod
     def of(cls, rank: int, error: Exception) -> Failure:
         """Of an error that is being handled."""
         message = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
-        return cls(rank, message, is_bad_input(error), traceback.format_exc())
+        return cls(rank, message, is_bad_input(error), is_out_of_memory(error), traceback.format_exc())
 
     def error(self) -> Exception:
         """What rank 0 raises."""
         message = f"rank {self.rank}: {self.message}"
-        error: Exception = UserError(message) if self.is_bad_input else RuntimeError(message)
+        kind = UserError if self.is_bad_input else MemoryError if self.is_out_of_memory else RuntimeError
+        error: Exception = kind(message)
         error.add_note(self.details)
         return error
 
@@ -106,7 +110,7 @@ class Ranks:
 
         Raises:
             ConnectionError: If a rank has stopped.
-            UserError, RuntimeError: What went wrong in a rank, named.
+            UserError, MemoryError, RuntimeError: What went wrong in a rank, named.
         """
         self._waiting = False
         message = [(method, list(arguments))]
