@@ -115,6 +115,10 @@ def test_multiplications_are_those_counted_by_hand(report: dict[str, Any]) -> No
         winograd = taps * (large * (3 * 16 + 6 * 256) + middle * 5 * 1024 + small * 5 * 4096) + strided + 64 * 3
         ratio = rows(report)[f"f{m}_standard_closed_form"]["multiplications_ratio"]
         assert ratio == pytest.approx(direct / winograd)
+    # F(6,3) with error feedback of V and M: 64 x 63 / 2 products a tile and channel, in and out
+    channels = 4 * (3 + 16 + 6 * 32) + 1 * (5 * 64) + 1 * (5 * 128)
+    ratio = rows(report)["f6_standard_shaped"]["multiplications_ratio"]
+    assert ratio == pytest.approx(direct / (winograd + 2016 * channels))
 
 
 def test_every_eligible_layer_runs_as_winograd_and_all_others_at_8_bits(inputs: Path, report: dict[str, Any]) -> None:

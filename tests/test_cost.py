@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tmpq_exp.cost import AttentionShape, ConvShape, CostModel, LayerShape, LinearShape, saving_tiles
+from tmpq_exp.cost import (
+    AttentionShape,
+    ConvShape,
+    CostModel,
+    LayerShape,
+    LinearShape,
+    saving_tiles,
+    with_error_feedback,
+)
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 
 
@@ -122,6 +130,25 @@ def test_hadamard_total_leaves_out_transforms_only() -> None:
     transforms = 64 * (layer.input_transform_macs(4) + layer.output_transform_macs(4))
     assert cost.bitops(candidate) - cost.hadamard_bitops(candidate) == 3 * transforms
     assert cost.hadamard_bitops(uniform(8, 8)) == cost.bitops(uniform(8, 8))
+
+
+def test_error_feedback_of_shaped_stages_is_paid_for() -> None:
+    plain, layer = CostModel(LAYERS), conv()
+    shaped = {stages: CostModel(with_error_feedback(LAYERS, stages)) for stages in (("u",), ("v",), ("u", "v", "m"))}
+    tiled, direct = uniform(6, 5, tiles=(4, 0, 0)), uniform(6, 5)
+    of_v = 4 * (36 * 35 // 2) * 16  # 4 tiles of 6 x 6 taps, 16 channels in and 32 out
+    of_m = 2 * of_v
+    assert layer.num_tiles(4) == 4
+    assert shaped["u",].bitops(tiled) == plain.bitops(tiled)
+    assert shaped["v",].bitops(tiled) - plain.bitops(tiled) == of_v * 5 * 8
+    every = shaped["u", "v", "m"]
+    assert every.bitops(tiled) - plain.bitops(tiled) == of_v * 5 * 8 + of_m * 8 * 8
+    for count in ("macs", "multiplications"):
+        assert getattr(every, count)(tiled) - getattr(plain, count)(tiled) == of_v + of_m
+    assert every.hadamard_bitops(tiled) == plain.hadamard_bitops(tiled)
+    assert every.bitops(direct) == plain.bitops(direct)
+    in_float = uniform(32, 32, tiles=(4, 0, 0))
+    assert every.bitops(in_float) == plain.bitops(in_float)
 
 
 def test_steps_may_differ_and_store_each_distinct_weight_once() -> None:

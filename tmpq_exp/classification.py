@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from tmpq_exp.choices import spec_of
 from tmpq_exp.config import Config, Granularity, UserError, VariantConfig, WinogradConfig
 from tmpq_exp.config.identity import digest
-from tmpq_exp.cost import ConvShape, CostModel, is_eligible
+from tmpq_exp.cost import ConvShape, CostModel, is_eligible, with_error_feedback
 from tmpq_exp.data import CalibrationImages, ImageFolderData
 from tmpq_exp.forecast import duration
 from tmpq_exp.metrics.accuracy import count_correct
@@ -345,6 +345,11 @@ def _measure(study: Study, row: Row, bar: StageBar) -> dict[str, Any]:
             study.supernet, study.data.test_dataloader(), lambda: bar.advance(_units(row), row.name)
         )
     return {"num_correct": correct, "layer_sqnr_db": by_layer}
+
+
+def row_cost(cost: CostModel, row: Row) -> CostModel:
+    """What layers cost in a row: error feedback with them, where its stages are shaped."""
+    return CostModel(with_error_feedback(cost.layers, () if row.spec is None else row.spec.shaped_stages))
 
 
 def allocation(cost: CostModel, row: Row) -> Allocation:

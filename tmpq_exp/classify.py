@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tmpq_exp.classification import BITS, Row, Study, allocation, evaluate, prepare, winograd_row, with_ranges
+from tmpq_exp.classification import BITS, Row, Study, allocation, evaluate, prepare, row_cost, winograd_row, with_ranges
 from tmpq_exp.config import Config, TileConfig
 from tmpq_exp.metrics.accuracy import wilson_interval
 from tmpq_exp.progress import quiet_lightning
@@ -136,20 +136,19 @@ def _median(figures: Mapping[str, Any]) -> float | None:
 
 
 def _multiplications(study: Study, row: Row) -> int:
-    """Multiplications of all layers for one image; a Winograd layer's are those of its Hadamard stage."""
-    return sum(
-        shape.hadamard_bitops(1, 1, tile)
-        for shape, tile in zip(study.cost.layers, allocation(study.cost, row).tiles, strict=True)
-    )
+    """Multiplications of all layers for one image; a Winograd layer's are of its Hadamard stage and error feedback."""
+    cost = row_cost(study.cost, row)
+    return cost.multiplications(Candidate((0,), (allocation(cost, row),)))
 
 
 def _detail(study: Study, row: Row, figures: Mapping[str, Any]) -> dict[str, Any]:
-    candidate = Candidate((0,), (allocation(study.cost, row),))
+    cost = row_cost(study.cost, row)
+    candidate = Candidate((0,), (allocation(cost, row),))
     return {
         "name": row.name,
-        "macs": study.cost.macs(candidate),
-        "bitops": study.cost.bitops(candidate),
-        "weight_bytes": study.cost.weight_bytes(candidate),
+        "macs": cost.macs(candidate),
+        "bitops": cost.bitops(candidate),
+        "weight_bytes": cost.weight_bytes(candidate),
         "layer_sqnr_db": figures["layer_sqnr_db"],
         "spec": None if row.spec is None else asdict(row.spec),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
 
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
@@ -32,6 +32,7 @@ class ConvShape:
         kernel_size, stride, padding, dilation: Height and width each.
         groups: Channel groups.
         out_height, out_width: Output size in pixels.
+        shaped_stages: Stages ``v`` and ``m`` that round with error feedback where it is a Winograd layer.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ConvShape:
     groups: int
     out_height: int
     out_width: int
+    shaped_stages: tuple[str, ...] = ()
     kind: ClassVar[str] = "conv"
 
     @property
@@ -98,25 +100,44 @@ class ConvShape:
         n = self.tile_size(tile)
         return self.num_tiles(tile) * (tile * n * n + tile * tile * n) * self.out_channels
 
+    def feedback_macs(self, tile: int, stage: str) -> int:
+        """Error feedback of V or M: each of n^2 taps takes up the errors of those before it, n^2 (n^2 - 1) / 2 a tile.
+
+        That of V at every input channel, of M at every output channel; 0 if direct, or if the stage is not shaped.
+        """
+        if tile == DIRECT_TILE or stage not in self.shaped_stages:
+            return 0
+        taps = self.tile_size(tile) ** 2
+        channels = {"v": self.in_channels, "m": self.out_channels}[stage]
+        return self.num_tiles(tile) * taps * (taps - 1) // 2 * channels
+
+    def multiplications(self, tile: int) -> int:
+        """Those of the Hadamard stage, as papers count, and of error feedback; of the convolution if direct."""
+        return self.hadamard_macs(tile) + self.feedback_macs(tile, "v") + self.feedback_macs(tile, "m")
+
     def executed_macs(self, tile: int) -> int:
-        """What is multiplied and accumulated: the Hadamard stage and both transforms, or the direct convolution."""
-        return self.hadamard_macs(tile) + self.input_transform_macs(tile) + self.output_transform_macs(tile)
+        """All that is multiplied and accumulated: ``multiplications`` and both transforms, or the convolution."""
+        return self.multiplications(tile) + self.input_transform_macs(tile) + self.output_transform_macs(tile)
 
     def bitops(self, weight_bits: int, act_bits: int, tile: int) -> int:
         """MACs times the bits of both operands.
 
-        The input transform counts act_bits x 8, the output transform 8 x 8; with float activations both count 32 x 32.
+        The input transform and error feedback of V count act_bits x 8, the output transform and error feedback of M
+        8 x 8; with float activations, which nothing rounds, the transforms count 32 x 32.
         """
         is_float = act_bits == FLOAT_BITS
         matrix_bits, product_bits = (FLOAT_BITS, FLOAT_BITS) if is_float else (TRANSFORM_BITS, TRANSFORM_BITS)
+        of_input, of_output = self.input_transform_macs(tile), self.output_transform_macs(tile)
+        if not is_float:
+            of_input, of_output = of_input + self.feedback_macs(tile, "v"), of_output + self.feedback_macs(tile, "m")
         return (
             self.hadamard_bitops(weight_bits, act_bits, tile)
-            + self.input_transform_macs(tile) * act_bits * matrix_bits
-            + self.output_transform_macs(tile) * product_bits * matrix_bits
+            + of_input * act_bits * matrix_bits
+            + of_output * product_bits * matrix_bits
         )
 
     def hadamard_bitops(self, weight_bits: int, act_bits: int, tile: int) -> int:
-        """``bitops`` without the two transforms."""
+        """``bitops`` of the Hadamard stage alone, without transforms and error feedback."""
         return self.hadamard_macs(tile) * weight_bits * act_bits
 
     def weight_bytes(self, weight_bits: int, tile: int) -> int:
@@ -172,7 +193,7 @@ class _DirectOnly(ABC):
             raise ValueError(f"tile of layer {self.name!r} must be {DIRECT_TILE} (direct), found {tile}")
         return self.macs
 
-    def hadamard_macs(self, tile: int) -> int:
+    def multiplications(self, tile: int) -> int:
         """``macs``: there are no transforms."""
         return self.executed_macs(tile)
 
@@ -272,6 +293,15 @@ class AttentionShape(_DirectOnly):
 LayerShape: TypeAlias = ConvShape | LinearShape | AttentionShape
 
 
+def with_error_feedback(layers: Sequence[LayerShape], stages: Sequence[str]) -> tuple[LayerShape, ...]:
+    """Layers whose Winograd tiles round these stages (``u``, ``v``, ``m``) with error feedback, and pay for it.
+
+    That of U costs nothing here: it is done once, before the network runs.
+    """
+    counted = tuple(stage for stage in ("v", "m") if stage in stages)
+    return tuple(replace(shape, shaped_stages=counted) if isinstance(shape, ConvShape) else shape for shape in layers)
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """One row of the per-layer table: costs of one image and one U-Net call."""
@@ -348,7 +378,7 @@ class CostModel:
         return self._trajectory(candidate, self.call_bitops)
 
     def hadamard_bitops(self, candidate: Candidate) -> int:
-        """``bitops`` without the transforms of Winograd layers, to be printed beside it."""
+        """``bitops`` without transforms and error feedback of Winograd layers, to be printed beside it."""
 
         def of_call(allocation: Allocation) -> int:
             return sum(self.layers[i].hadamard_bitops(w, a, tile) for i, w, a, tile in self._settings(allocation))
@@ -356,17 +386,17 @@ class CostModel:
         return self._trajectory(candidate, of_call)
 
     def multiplications(self, candidate: Candidate) -> int:
-        """``macs`` without the transforms of Winograd layers: what papers on Winograd count."""
+        """``macs`` without the transforms of Winograd layers: what papers on Winograd count, and error feedback."""
 
         def of_call(allocation: Allocation) -> int:
-            return sum(self.layers[i].hadamard_macs(tile) for i, _, _, tile in self._settings(allocation))
+            return sum(self.layers[i].multiplications(tile) for i, _, _, tile in self._settings(allocation))
 
         return self._trajectory(candidate, of_call)
 
     def macs(self, candidate: Candidate) -> int:
         """Multiply-accumulates executed over the whole trajectory, one image, guidance included.
 
-        A Winograd layer counts its Hadamard stage and both transforms, not the convolution it stands for.
+        A Winograd layer counts its Hadamard stage, both transforms and error feedback, not what it stands for.
         """
 
         def of_call(allocation: Allocation) -> int:

@@ -19,7 +19,7 @@ from tmpq_exp.batch_size import fitting_micro_batch
 from tmpq_exp.choices import examined_tiles, held_bits, search_space, used_tiles, winograd_spec, with_tile
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.config.identity import digest
-from tmpq_exp.cost import CostModel, LayerShape
+from tmpq_exp.cost import CostModel, LayerShape, with_error_feedback
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
     TimestepSpacing,
@@ -279,7 +279,7 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
         raise UserError(f"model: {_what_it_is_for(model)}")
     task = model.task()
     metrics = chosen_metrics(config, task)
-    cost = CostModel(task_layers(task), task.calls_per_step)
+    cost = CostModel(with_error_feedback(task_layers(task), config.winograd.shaped_stages), task.calls_per_step)
     space = search_space(config, task, cost.layers)
     weight_choices, act_choices = held_bits(config, space, cost.layers)
     module = SupernetModule(task, cost.layers, weight_choices, act_choices, config.quant)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tmpq_exp.config import Config, UserError
-from tmpq_exp.cost import ConvShape, CostModel, LayerShape, is_eligible
+from tmpq_exp.cost import ConvShape, CostModel, LayerShape, is_eligible, with_error_feedback
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS, Allocation, Candidate
 from tmpq_exp.release_scale import release_bitops, release_macs
 from tmpq_exp.rundir import RunDirectory, bad_input, write_json, writing
@@ -75,6 +75,7 @@ def cost_content(
         ``trajectory`` for all steps and calls, and ``winograd``, see ``winograd_content``. ``macs_diffusers`` is there
         where it differs from ``macs``, ``release`` under ``cost.scale=release``.
     """
+    layers = with_error_feedback(layers, config.winograd.shaped_stages)
     cost, bits, num_steps = CostModel(layers, 2 if guided else 1), config.cost, config.space.num_inference_steps
     allocation = cost.uniform(bits.weight_bits, bits.act_bits, config.quant.softmax_bits)
     allocation = _with_tiles(allocation, layers, config.winograd.tile)
@@ -118,20 +119,21 @@ def winograd_content(layers: Sequence[LayerShape], tiles: Sequence[int]) -> dict
 
     Returns:
         ``eligible_layers`` (names), ``ineligible_layers`` (name and reason), ``eligible_macs`` (their MACs if direct),
-        and ``tiles``: for each ``m`` the ``multiplications`` of the Hadamard stage, tiles that the border cuts counted
-        whole, their ``multiplications_ratio`` (direct over this), and ``executed_macs_ratio``, which counts both
-        transforms too. Last, with ``m`` null, the tile of fewest multiplications at every layer.
+        and ``tiles``: for each ``m`` the ``multiplications`` of the Hadamard stage and of error feedback, tiles that
+        the border cuts counted whole, their ``multiplications_ratio`` (direct over this), and
+        ``executed_macs_ratio``, which counts both transforms too. Last, with ``m`` null, the tile of fewest
+        multiplications at every layer.
     """
     convs = [shape for shape in layers if isinstance(shape, ConvShape)]
     eligible = [shape for shape in convs if is_eligible(shape)]
     direct = sum(shape.macs for shape in eligible)
     choices: list[tuple[int | None, list[int]]] = [(m, [m] * len(eligible)) for m in tiles]
     if tiles:
-        least = [min((DIRECT_TILE, *tiles), key=shape.hadamard_macs) for shape in eligible]
+        least = [min((DIRECT_TILE, *tiles), key=shape.multiplications) for shape in eligible]
         choices.append((None, least))
     rows = []
     for m, chosen in choices if eligible else ():
-        multiplications = sum(shape.hadamard_macs(tile) for shape, tile in zip(eligible, chosen, strict=True))
+        multiplications = sum(shape.multiplications(tile) for shape, tile in zip(eligible, chosen, strict=True))
         executed = sum(shape.executed_macs(tile) for shape, tile in zip(eligible, chosen, strict=True))
         rows.append(
             {

@@ -200,10 +200,6 @@ def _warnings(experiment: Experiment, searched: Sequence[Trial], objective: Obje
             f"BitOPs count every Winograd stage as quantized and M at {TRANSFORM_BITS} bits, which is not what this "
             "run computes: compare its quality, not its cost"
         )
-    if tiles and {"v", "m"} & set(config.shaped_stages):
-        found.append(
-            "BitOPs leave out the error feedback of shaped V and M, n^2 (n^2 - 1) / 2 products a tile and channel"
-        )
     if tiles:
         found += _unlike_scales(experiment.config)
     if experiment.config.space.tiles and experiment.tile_rule is None:

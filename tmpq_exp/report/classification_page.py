@@ -93,8 +93,8 @@ def accuracy_chart(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "title": f"{entry['name']}: {entry['top1']:.2f} % [{low:.2f}, {high:.2f}], {ratio:.2f}x fewer",
             }
         )
-    tiles = {f"F({e['m']},3)" if e["m"] else "direct": x.at(e["multiplications_ratio"]) for e in entries}
-    names = [{"x": at, "text": text} for text, at in tiles.items()]
+    tiles = {(f"F({e['m']},3)" if e["m"] else "direct", x.at(e["multiplications_ratio"])): None for e in entries}
+    names = [{"x": at, "text": text} for text, at in tiles]
     return {**frame(x, y), "right": RIGHT, "marks": marks, "names": names}
 
 
