@@ -15,6 +15,7 @@ from PIL import Image
 from tmpq_exp.__main__ import conf_dir
 from tmpq_exp.classify import classify
 from tmpq_exp.config import register_schema, to_config
+from tmpq_exp.report.classification import all_rows
 from tmpq_exp.zoo.resnet import CifarResNet
 
 CLASSES = ("cat", "dog", "ship")
@@ -67,4 +68,4 @@ def run(inputs: Path, directory: Path, *overrides: str, **changes: str) -> None:
 
 
 def rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {entry["name"]: entry for entry in report["classification"]}
+    return {entry["name"]: entry for entry in all_rows(report)}

@@ -68,6 +68,10 @@ def assemble(
 ) -> dict[str, Any]:
     """Content of ``report.json``; see ``tmpq_exp.report.classification``."""
     num_images = len(study.data.samples)
+
+    def is_further(row: Row) -> bool:
+        return row.variant in study.config.classification.further
+
     write_scales(study.run.winograd_scales, study.task.name, _kept_scales(study, rows, learned))
     return {
         "schema": SCHEMA,
@@ -82,7 +86,8 @@ def assemble(
         },
         "num_images": num_images,
         "fingerprint": study.fingerprint,
-        "classification": [_entry(study, row, figures[row.name], num_images) for row in rows],
+        "classification": [_entry(study, row, figures[row.name], num_images) for row in rows if not is_further(row)],
+        "further_rows": [_entry(study, row, figures[row.name], num_images) for row in rows if is_further(row)],
         "details": [_detail(study, row, figures[row.name]) for row in rows],
         "winograd": [_tile(study, tile, rows, figures, learned) for tile in study.config.classification.tiles],
         "learning": [{k: v for k, v in found.items() if k != "scales"} for found in learned.values()],

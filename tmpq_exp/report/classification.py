@@ -13,7 +13,7 @@ from rich.table import Table
 from tmpq_exp.report.content import number, plain, require
 from tmpq_exp.rundir import write_json
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the keys below; it rises when a key changes its meaning or goes away."""
 
 CLASSIFICATION_REPORT_KEYS: Mapping[str, str] = {
@@ -26,7 +26,8 @@ CLASSIFICATION_REPORT_KEYS: Mapping[str, str] = {
     "num_images": "images that every row was measured on",
     "fingerprint": "hash of everything that top-1 depends on beside the row: images, weights, batch size, threads, ...",
     "classification": "one element a row, see CLASSIFICATION_ENTRY_KEYS",
-    "details": "one element a row, in the same order, see CLASSIFICATION_DETAIL_KEYS",
+    "further_rows": "the same of rows of classification.further, which have names of their own",
+    "details": "one element a row of both, in the same order, see CLASSIFICATION_DETAIL_KEYS",
     "winograd": "one element a tile and set of points: m, points, eligible_layers, ineligible_layers, sqnr_db",
     "learning": "one element a set of scales that was learned, see LEARNING_KEYS",
     "stages": "seconds of wall time, by name of the stage",
@@ -36,14 +37,15 @@ CLASSIFICATION_REPORT_KEYS: Mapping[str, str] = {
 """Top-level keys and their meaning."""
 
 CLASSIFICATION_ENTRY_KEYS: Mapping[str, str] = {
-    "name": "float, direct_w8a8, f{m}_{points}_{scales} or a name of classification.further",
+    "name": "float, direct_w8a8 or f{m}_{points}_{scales}; of a further row a name of classification.further",
     "m": "outputs of F(m, 3) in one dimension; null where all layers are direct",
     "points": "standard, improved, or a list; null where all layers are direct",
     "scales": "standard, closed_form or learned; null where all layers are direct",
     "top1": "share of images whose class is found, in percent",
     "top1_interval": "[low, high]: Wilson's 95 % interval of top1 over images, in percent",
     "sqnr_db": "median over eligible layers of the SQNR in dB on unit Gaussian input; null for float and static scales",
-    "multiplications_ratio": "multiplications of the direct network over this one's, border tiles whole, no transforms",
+    "multiplications_ratio": "multiplications of the direct network over this one's, border tiles whole, without "
+    "transforms, with error feedback",
 }
 """Keys of a row."""
 
@@ -80,6 +82,7 @@ def validate_classification(report: Mapping[str, Any]) -> None:
         raise ValueError(f"report.schema must be {SCHEMA}, found {report['schema']!r}")
     lists = {
         "classification": CLASSIFICATION_ENTRY_KEYS,
+        "further_rows": CLASSIFICATION_ENTRY_KEYS,
         "details": CLASSIFICATION_DETAIL_KEYS,
         "learning": LEARNING_KEYS,
     }
@@ -99,6 +102,11 @@ def write_classification_json(path: str | os.PathLike[str], report: Mapping[str,
     """
     validate_classification(report)
     write_json(Path(path), plain(report))
+
+
+def all_rows(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All that was evaluated, in order: the rows of ``classification`` and the further ones."""
+    return [*report["classification"], *report["further_rows"]]
 
 
 def float_top1(report: Mapping[str, Any]) -> float:
@@ -136,7 +144,7 @@ def classification_table(report: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     for heading in ("top-1 %", "95 % interval", "to float", "SQNR dB", "mult."):
         table.add_column(heading, justify="right", no_wrap=True)
-    entries = report["classification"]
+    entries = all_rows(report)
     for entry, after in zip(entries, [*entries[1:], None], strict=True):
         low, high = entry["top1_interval"]
         table.add_row(

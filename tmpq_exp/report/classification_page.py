@@ -8,7 +8,7 @@ from typing import Any
 
 from tmpq_exp.files import replace_file
 from tmpq_exp.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, frame
-from tmpq_exp.report.classification import calibration_note, float_top1, points_lost, validate_classification
+from tmpq_exp.report.classification import all_rows, calibration_note, float_top1, points_lost, validate_classification
 from tmpq_exp.report.content import plain
 from tmpq_exp.report.page import stage_bars, template
 from tmpq_exp.report.winograd import winograd_pictures
@@ -36,10 +36,10 @@ def classification_html(path: str | os.PathLike[str], report: Mapping[str, Any])
     context = {
         "report": content,
         "float_top1": float_top1(content),
-        "rows": [entry | {"lost": points_lost(content, entry)} for entry in content["classification"]],
+        "rows": [{**entry, "lost": points_lost(content, entry)} for entry in all_rows(content)],
         "best": _best(content),
         "calibration_note": calibration_note(content),
-        "chart": accuracy_chart(content["classification"]),
+        "chart": accuracy_chart(all_rows(content)),
         "learning": [_learning(entry) for entry in content["learning"] if len(entry["curve_db"]) > 1],
         "layers": _layers(content),
         "layer_chart": layer_chart(content),
@@ -54,7 +54,7 @@ def _best(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
     Where none is inside, that of the highest top-1. The highest top-1 alone would pick by luck.
     """
-    winograd = [entry for entry in report["classification"] if entry["m"] is not None]
+    winograd = [entry for entry in all_rows(report) if entry["m"] is not None]
     floor = next(entry["top1_interval"][0] for entry in report["classification"] if entry["name"] == "float")
     inside = [entry for entry in winograd if entry["top1"] >= floor]
     if not inside:
@@ -139,7 +139,7 @@ def _layers(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def layer_chart(report: Mapping[str, Any]) -> dict[str, Any] | None:
     """SQNR of the eligible layers from the first to the last: direct, and every tile with its closed form."""
-    kinds = {entry["name"]: (_kind(entry), entry) for entry in report["classification"]}
+    kinds = {entry["name"]: (_kind(entry), entry) for entry in all_rows(report)}
     shown = [d for d in report["details"] if d["layer_sqnr_db"] and kinds[d["name"]][0] in ("direct", "closed_form")]
     values = [value for detail in shown for value in detail["layer_sqnr_db"].values()]
     if not values:

@@ -11,6 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from tmpq_exp.report.classification import all_rows
 from tmpq_exp.report.content import number
 
 HEADINGS = ("row", "of", "metric", "paper", "ours", "difference", "tolerance", "verdict")
@@ -160,7 +161,7 @@ def _measured(report: Mapping[str, Any] | None, entry: str, metric: str) -> dict
     if report is None:
         return nothing
     if "classification" in report:
-        rows = {row["name"]: row for row in report["classification"]}
+        rows = {row["name"]: row for row in all_rows(report)}
         if entry not in rows or metric != "top1":
             return nothing
         low, high = rows[entry]["top1_interval"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tmpq_exp.quant.allocation import FLOAT_BITS
+from tmpq_exp.report.classification import all_rows
 from tmpq_exp.report.points import search_view
 from tmpq_exp.rundir import RunDirectory
 from tmpq_exp.search.objective import PROXIES
@@ -132,14 +133,14 @@ def run_results(
 def classification_results(report: Mapping[str, Any]) -> Results:
     """What a job of ``task=classify`` leaves behind."""
     summary: dict[str, Any] = {"fingerprint": report["fingerprint"], "num_images": report["num_images"]}
-    for entry in report["classification"]:
+    for entry in all_rows(report):
         summary |= {f"{entry['name']}/{name}": value for name, value in finite(_scores(entry)).items()}
     return Results(summary)
 
 
 def classification_records(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of a ``report.json`` of ``task=classify`` as records that ``log_trial`` takes."""
-    rows = zip(report["classification"], report["details"], strict=True)
+    rows = zip(all_rows(report), report["details"], strict=True)
     return [
         {"index": index, "phase": "classify", "name": entry["name"], "metrics": _scores(entry)}
         | {name: detail[name] for name in ("bitops", "macs", "weight_bytes")}
