@@ -176,6 +176,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert json.loads(path.read_text()) == {"old": 1}
 
 
+def test_a_disk_that_is_mounted_read_only_is_to_be_made_writable(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Read-only file system.*Make it writable and start again"), writing(tmp_path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
 def test_only_an_unwritable_disk_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), writing(tmp_path):
         (tmp_path / "missing").read_text()

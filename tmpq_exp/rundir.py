@@ -61,9 +61,10 @@ def writing(directory: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
+        remedy = "Make it writable" if error.errno == errno.EROFS else "Make room"
         raise UserError(
             f"{error.filename or directory} could not be written ({error.strerror}); what was recorded in {directory} "
-            "is safe. Make room and start again with the same hydra.run.dir"
+            f"is safe. {remedy} and start again with the same hydra.run.dir"
         ) from error
 
 
