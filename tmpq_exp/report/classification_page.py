@@ -17,6 +17,10 @@ _DODGE = 9.0
 """Distance in the drawing of marks that cost the same."""
 
 
+_NAME_WIDTH = 50.0
+"""Distance in the drawing of tiles' names."""
+
+
 _SHOWN_POINTS = 12.0
 """Percentage points below the highest top-1 that the chart shows to scale."""
 
@@ -93,9 +97,21 @@ def accuracy_chart(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "title": f"{entry['name']}: {entry['top1']:.2f} % [{low:.2f}, {high:.2f}], {ratio:.2f}x fewer",
             }
         )
-    tiles = {(f"F({e['m']},3)" if e["m"] else "direct", x.at(e["multiplications_ratio"])): None for e in entries}
-    names = [{"x": at, "text": text} for text, at in tiles]
-    return {**frame(x, y), "right": RIGHT, "marks": marks, "names": names}
+    tiles = [
+        (x.at(entry["multiplications_ratio"]), f"F({entry['m']},3)" if entry["m"] else "direct") for entry in entries
+    ]
+    return {**frame(x, y), "right": RIGHT, "marks": marks, "names": _names(tiles)}
+
+
+def _names(tiles: Sequence[tuple[float, str]]) -> list[dict[str, Any]]:
+    """Tiles above the chart, those that stand too close to each other in one name."""
+    names: list[dict[str, Any]] = []
+    for at, text in sorted(set(tiles)):
+        if names and at - names[-1]["x"] < _NAME_WIDTH:
+            names[-1]["text"] += "" if text in names[-1]["text"] else f", {text}"
+        else:
+            names.append({"x": at, "text": text})
+    return names
 
 
 def _kind(entry: Mapping[str, Any]) -> str:
