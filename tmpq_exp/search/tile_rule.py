@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+HALVINGS = 100
+"""Of the range of the multiplier, down to the rounding of floats."""
 
-MAX_ROUNDS = 20
-"""Most solutions of the integer program: mostly one to find the least noise and one to see that it is."""
+ROUNDING = 1e-9
+"""Relative error of sums that is allowed for before a choice is ruled out."""
+
+
+class _Choice(NamedTuple):
+    """Tiles of the first layers: their BitOPs and noise together, the last of them, and the ones before it."""
+
+    price: int
+    power: float
+    tile: int
+    before: _Choice | None
 
 
 def choose_tiles(
@@ -16,9 +27,10 @@ def choose_tiles(
 ) -> tuple[int, ...] | None:
     """Tile of every layer so that the layers' noise adds up to the least the budget allows.
 
-    A multiple-choice knapsack, solved as an integer program by branch and bound. The solver works to a millionth of
-    what its figures are divided by: of the spare BitOPs, and of the noise above the least that the best choice so far
-    has. It is asked again with that of its own choice, and without those of its choices that pass the budget.
+    An exact optimum of a multiple-choice knapsack, by dynamic programming over layers in whole BitOPs: of the choices
+    for the first layers those stay that no other one beats in both, and that the layers behind them can still complete
+    to less noise than a choice that is known. How little noise these must add follows from the Lagrangian relaxation
+    of the budget.
 
     Args:
         noise: For every layer, tile -> power of its output's error over that of the output, finite.
@@ -27,65 +39,69 @@ def choose_tiles(
 
     Returns:
         One tile a layer, or None where even the cheapest tiles cost more than the budget.
+
+    References:
+        Kellerer, Pferschy, Pisinger, "Knapsack Problems", 2004, chapter 11. A solver of integer programs in floats was
+        not exact: choices within its tolerance of the budget were lost.
     """
-    lowest, cheapest = [min(of_layer.values()) for of_layer in noise], [min(of_layer.values()) for of_layer in bitops]
-    spare = budget_bitops - sum(cheapest)
-    if spare < 0:
+    layers = [
+        _undominated([_Choice(prices[tile], power, tile, None) for tile, power in of_layer.items()])
+        for of_layer, prices in zip(noise, bitops, strict=True)
+    ]
+    cheapest = _sums_behind([choices[0].price for choices in layers])
+    if cheapest[0] > budget_bitops:
         return None
-    excess = {
-        (layer, tile): (power - lowest[layer], bitops[layer][tile] - cheapest[layer])
-        for layer, of_layer in enumerate(noise)
-        for tile, power in of_layer.items()
-        if bitops[layer][tile] - cheapest[layer] <= spare
-    }
-    best = [
-        min((price, noise[layer][tile], tile) for tile, price in of_layer.items())[-1]
-        for layer, of_layer in enumerate(bitops)
-    ]
-    refused = list[set[tuple[int, int]]]()
-    for _ in range(MAX_ROUNDS):
-        above = sum(excess[choice][0] for choice in enumerate(best))
-        if above == 0:
-            break
-        taken = _solve({choice: found for choice, found in excess.items() if found[0] <= above}, above, spare, refused)
-        if sum(excess[choice][1] for choice in enumerate(taken)) > spare:
-            refused.append(set(enumerate(taken)))
-        elif sum(excess[choice][0] for choice in enumerate(taken)) >= above:
-            break
-        else:
-            best = taken
-    return tuple(best)
+    multiplier, known = _relaxed(layers, budget_bitops)
+    least = _sums_behind([min(c.power + multiplier * c.price for c in choices) for choices in layers])
+    highest = known + ROUNDING * (known + multiplier * budget_bitops)
+    states = [_Choice(0, 0.0, 0, None)]
+    for index, choices in enumerate(layers):
+        most = highest + multiplier * budget_bitops - least[index + 1]
+        extended = [
+            _Choice(price, power, choice.tile, state)
+            for state in states
+            for choice in choices
+            if (price := state.price + choice.price) + cheapest[index + 1] <= budget_bitops
+            and (power := state.power + choice.power) + multiplier * price <= most
+        ]
+        states = _undominated(extended)
+    return _tiles(states[-1], len(layers))
 
 
-def _solve(
-    excess: Mapping[tuple[int, int], tuple[float, int]],
-    above: float,
-    spare: int,
-    refused: Sequence[Collection[tuple[int, int]]],
-) -> list[int]:
-    """Tile of every layer: least noise within the spare BitOPs, both as excess over the least of the layer.
+def _undominated(choices: Sequence[_Choice]) -> list[_Choice]:
+    """Those of less noise than all that cost no more, by rising price."""
+    kept: list[_Choice] = []
+    for choice in sorted(choices, key=lambda c: c[:3]):
+        if not kept or choice.power < kept[-1].power:
+            kept.append(choice)
+    return kept
 
-    Args:
-        excess: (Layer, tile) -> noise and BitOPs above the layer's least.
-        above: Noise to divide by, above 0.
-        spare: BitOPs that all layers together may cost above the least, at least 0.
-        refused: Choices that must not come back.
-    """
-    choices = list(excess)
-    powers, prices = (np.array(values, dtype=float) for values in zip(*excess.values(), strict=True))
-    num_layers = 1 + max(layer for layer, _ in choices)
-    one_each = np.array([[layer == row for layer, _ in choices] for row in range(num_layers)], dtype=float)
-    constraints = [
-        LinearConstraint(one_each, 1, 1),
-        LinearConstraint(prices / max(1, spare), ub=spare / max(1, spare)),
-        *(LinearConstraint([float(c in taken) for c in choices], ub=num_layers - 1) for taken in refused),
-    ]
-    found = milp(
-        powers / above,
-        integrality=np.ones(len(choices)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0},
-    )
-    assert found.success, found.message
-    return [tile for _, tile in sorted(choices[i] for i in np.flatnonzero(found.x > 0.5).tolist())]
+
+def _sums_behind(values: Sequence[float]) -> list[float]:
+    """Sum of the values from each place on, and 0 behind the last."""
+    return [*accumulate(reversed(values), initial=0)][::-1]
+
+
+def _relaxed(layers: Sequence[Sequence[_Choice]], budget: int) -> tuple[float, float]:
+    """Noise that a BitOP is worth at the budget, and the noise of a choice within it."""
+
+    def chosen(multiplier: float) -> tuple[int, float]:
+        best = [min(choices, key=lambda c: (c.power + multiplier * c.price, c.price)) for choices in layers]
+        return sum(c.price for c in best), sum(c.power for c in best)
+
+    low, high = 0.0, 1.0 + sum(choices[0].power for choices in layers)  # at which every layer takes its cheapest tile
+    if chosen(low)[0] <= budget:
+        return low, chosen(low)[1]
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if chosen(middle)[0] <= budget else (middle, high)
+    return high, chosen(high)[1]
+
+
+def _tiles(state: _Choice, num_layers: int) -> tuple[int, ...]:
+    tiles: list[int] = []
+    while len(tiles) < num_layers:
+        tiles.append(state.tile)
+        assert state.before is not None
+        state = state.before
+    return tuple(reversed(tiles))
