@@ -26,6 +26,7 @@ from tmpq_exp.calibrating import calibrate
 from tmpq_exp.config import UserError, from_plain, register_schema
 from tmpq_exp.experiment import Experiment, prepare
 from tmpq_exp.quant.allocation import Candidate
+from tmpq_exp.ranks import Failure
 from tmpq_exp.rundir import RunDirectory
 from tmpq_exp.search.trials import TrialLog
 from tmpq_exp.worker import Blueprint, Order, Worker
@@ -223,6 +224,16 @@ def test_three_ranks_that_a_cluster_has_started(alone: Path, tmp_path: Path) -> 
     outputs = [finish(task) for task in tasks]
     assert ["Best found" in output for output in outputs] == [True, False, False]
     same_end(directory, alone)
+
+
+def test_memory_that_does_not_suffice_in_a_rank_is_said_as_such() -> None:
+    for raised, expected in (
+        (torch.OutOfMemoryError("CUDA out of memory"), MemoryError),
+        (KeyError("x"), RuntimeError),
+    ):
+        error = Failure.of(1, raised).error()
+        assert type(error) is expected
+        assert str(error).startswith(f"rank 1: {type(raised).__name__}: ")
 
 
 def test_several_devices_need_a_strategy_of_ranks(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from tmpq_exp.progress import quiet_lightning
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.static_ranges import load_ranges
 from tmpq_exp.rundir import RunDirectory, bad_input
-from tmpq_exp.search.memory import is_out_of_memory
 from tmpq_exp.search.objective import Measured, Objective
 from tmpq_exp.search.protocol import Beside, Protocol
 from tmpq_exp.search.trials import TrialLog
@@ -150,15 +149,9 @@ class Worker:
     def images(self, candidate: Candidate, indices: range, seed: int) -> Tensor:
         """One micro-batch of images on the CPU; see ``SupernetModule.images``.
 
-        Raises:
-            MemoryError: If memory does not suffice: the driving process makes all of them again, in smaller ones.
+        Where memory does not suffice it is not halved here: the driving process makes all again in smaller ones.
         """
-        try:
-            return self._experiment.module.images(candidate, indices, seed).cpu()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryError(str(error)) from error
+        return self._experiment.module.images(candidate, indices, seed).cpu()
 
 
 def _load(experiment: Experiment) -> None:
