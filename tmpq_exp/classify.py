@@ -68,10 +68,6 @@ def assemble(
 ) -> dict[str, Any]:
     """Content of ``report.json``; see ``tmpq_exp.report.classification``."""
     num_images = len(study.data.samples)
-
-    def is_further(row: Row) -> bool:
-        return row.variant in study.config.classification.further
-
     write_scales(study.run.winograd_scales, study.task.name, _kept_scales(study, rows, learned))
     return {
         "schema": SCHEMA,
@@ -86,8 +82,10 @@ def assemble(
         },
         "num_images": num_images,
         "fingerprint": study.fingerprint,
-        "classification": [_entry(study, row, figures[row.name], num_images) for row in rows if not is_further(row)],
-        "further_rows": [_entry(study, row, figures[row.name], num_images) for row in rows if is_further(row)],
+        "classification": [
+            _entry(study, row, figures[row.name], num_images) for row in rows if not _is_further(study, row)
+        ],
+        "further_rows": [_entry(study, row, figures[row.name], num_images) for row in rows if _is_further(study, row)],
         "details": [_detail(study, row, figures[row.name]) for row in rows],
         "winograd": [_tile(study, tile, rows, figures, learned) for tile in study.config.classification.tiles],
         "learning": [{k: v for k, v in found.items() if k != "scales"} for found in learned.values()],
@@ -105,6 +103,10 @@ def _calibration(study: Study, rows: list[Row]) -> dict[str, Any] | None:
     return {"name": data.name, "num_images": len(data.samples), "fingerprint": data.fingerprint(), "rows": static}
 
 
+def _is_further(study: Study, row: Row) -> bool:
+    return row.variant in study.config.classification.further
+
+
 def _kept_scales(
     study: Study, rows: list[Row], learned: Mapping[str, Mapping[str, Any]]
 ) -> dict[int, tuple[WinogradSpec, ScaleSet]]:
@@ -112,10 +114,9 @@ def _kept_scales(
     by_name = {found["name"]: found for found in learned.values()}
     kept: dict[int, tuple[WinogradSpec, ScaleSet]] = {}
     for row in rows:
-        if row.spec is not None and row.name in by_name:
-            further = row.variant in study.config.classification.further
-            if not further or row.spec.m not in kept:
-                kept[row.spec.m] = row.spec, ScaleSet.from_json(by_name[row.name]["scales"]["kept"])
+        if row.spec is None or row.name not in by_name or (_is_further(study, row) and row.spec.m in kept):
+            continue
+        kept[row.spec.m] = row.spec, ScaleSet.from_json(by_name[row.name]["scales"]["kept"])
     return kept
 
 

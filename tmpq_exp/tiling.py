@@ -172,7 +172,7 @@ def tile_rule(experiment: Experiment) -> Candidate | None:
     Weights have uniform bits and so have activations: of those at which some choice of tiles fits the budget, the
     highest, first by the lower of the two. Noise is the sum over layers of the
     error's power over the output's, each measured on noise by the layer as a candidate would run it. The budget is that
-    of the search, in BitOPs with transforms; at bits that are uniform it is one in MACs.
+    of the search, in BitOPs with transforms; only at W8A8 is that one in MACs.
 
     Returns:
         The candidate, or None where no uniform bits fit.
