@@ -37,7 +37,8 @@ class QuantizedUNet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """Whatever the float U-Net takes and returns; the timestep must be one of the kept ones."""
         told = int(timestep.flatten()[0]) if isinstance(timestep, Tensor) else int(timestep)
-        with self.supernet.subnet(self._candidate.allocation_at(self._step_index[told])):
+        subnet = self.supernet.subnet(self._candidate.allocation_at(self._step_index[told]))
+        with subnet, self.supernet.at_timestep(told):
             return self.supernet(sample, timestep, *args, **kwargs)
 
     @property

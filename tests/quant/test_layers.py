@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tmpq_exp.config import Granularity, QuantConfig, QuantizerConfig
 from tmpq_exp.quant.allocation import FLOAT_BITS
 from tmpq_exp.quant.attention_products import QuantAttentionProducts
-from tmpq_exp.quant.layers import FLOAT, LayerSetting, QuantConv2d, QuantLinear, WeightCache
+from tmpq_exp.quant.layers import FLOAT, LayerSetting, QuantConv2d, QuantLinear
+from tmpq_exp.quant.lru_cache import LRUCache
 from tmpq_exp.quant.primitives import fake_quantize, integer_range
 from tmpq_exp.quant.quantizer import ActQuantizer, Quantizer
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
@@ -42,10 +43,10 @@ def by_hand(quantizer: Quantizer, rows: Tensor, bits: int) -> Tensor:
     return fake_quantize(rows, scale, zero_point, *integer_range(bits, quantizer.config.symmetric))
 
 
-def quant_conv(conv: nn.Conv2d, x: Tensor, cache: WeightCache | None = None, **arguments: object) -> QuantConv2d:
+def quant_conv(conv: nn.Conv2d, x: Tensor, cache: LRUCache | None = None, **arguments: object) -> QuantConv2d:
     layer = QuantConv2d(
         name="conv",
-        cache=cache or WeightCache(CAP),
+        cache=cache or LRUCache(CAP),
         float_layer=conv,
         weight_choices=BITS,
         act_choices=BITS,
@@ -93,7 +94,7 @@ def test_linear(granularity: Granularity) -> None:
     config = QuantConfig(weight=QuantizerConfig(granularity, group_size=3, symmetric=True))
     layer = QuantLinear(
         name="linear",
-        cache=WeightCache(CAP),
+        cache=LRUCache(CAP),
         float_layer=linear,
         weight_choices=BITS,
         act_choices=BITS,
@@ -170,7 +171,7 @@ def test_direct_and_winograd_quantize_the_input_alike(symmetric: bool) -> None:
 def products_layer(attention: Attention, x: Tensor, context: Tensor | None, **kwargs: Tensor) -> QuantAttentionProducts:
     layer = QuantAttentionProducts(
         "attention.products",
-        WeightCache(CAP),
+        LRUCache(CAP),
         attention.processor,
         attention.to_q.out_features,
         BITS,
@@ -245,7 +246,7 @@ def test_observing_ends_also_after_an_exception() -> None:
 @settings(deadline=None)
 @given(st.integers(0, 100), st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=30))
 def test_cache_holds_its_cap_and_drops_the_least_recently_used(cap: int, requests: list[tuple[int, int]]) -> None:
-    cache, model, sizes = WeightCache(4 * cap), [], {}
+    cache, model, sizes = LRUCache(4 * cap), [], {}
     misses = 0
     for name, size in requests:
         size = sizes.setdefault(name, size)
@@ -267,14 +268,14 @@ def test_cache_holds_its_cap_and_drops_the_least_recently_used(cap: int, request
 
 @torch.no_grad()
 def test_switching_bits_quantizes_each_choice_once() -> None:
-    x, cache = random(1, 4, 6, 6), WeightCache(CAP)
+    x, cache = random(1, 4, 6, 6), LRUCache(CAP)
     layer = quant_conv(nn.Conv2d(4, 4, 3), x, cache)
     for _ in range(3):
         for bits in BITS:
             layer.setting = LayerSetting(bits, 8)
             layer(x)
     assert cache.num_misses == len(BITS)
-    nothing = WeightCache(0)
+    nothing = LRUCache(0)
     layer.cache = nothing
     layer(x)
     layer(x)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tmpq_exp.config import QuantConfig, QuantizerConfig
-from tmpq_exp.quant.layers import QuantLinear, WeightCache
+from tmpq_exp.quant.layers import QuantLinear
+from tmpq_exp.quant.lru_cache import LRUCache
 from tmpq_exp.quant.primitives import pack_bits, round_ste, unpack_bits
 from tmpq_exp.quant.quantizer import ActQuantizer, WeightQuantizer
 from tmpq_exp.quant.rounding import (
@@ -85,7 +86,7 @@ def linear_layer(granularity: str, symmetric: bool, bits: int, seam: int = 0) ->
     config = QuantConfig(weight=QuantizerConfig(granularity, 3, symmetric))
     layer = QuantLinear(
         name="layer",
-        cache=WeightCache(2**20),
+        cache=LRUCache(2**20),
         float_layer=float_layer,
         weight_choices=(8, bits),
         act_choices=(8,),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tmpq_exp.config import QuantizerConfig
-from tmpq_exp.quant.layers import FLOAT, LayerSetting, QuantLayer, WeightCache
+from tmpq_exp.quant.layers import FLOAT, LayerSetting, QuantLayer
+from tmpq_exp.quant.lru_cache import LRUCache
 from tmpq_exp.quant.quantizer import ActQuantizer
 
 
@@ -33,7 +34,7 @@ class QuantAttentionProducts(QuantLayer):
     def __init__(
         self,
         name: str,
-        cache: WeightCache,
+        cache: LRUCache,
         float_processor: Callable[..., Tensor],
         inner_dim: int,
         softmax_choices: Sequence[int],

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from tmpq_exp.config import QuantConfig
 from tmpq_exp.quant.allocation import DIRECT_TILE, FLOAT_BITS
+from tmpq_exp.quant.lru_cache import LRUCache
 from tmpq_exp.quant.quantizer import ActQuantizer, Quantizer, WeightQuantizer
 from tmpq_exp.winograd.conv import (
     StaticRanges,
@@ -51,49 +50,11 @@ class Learning(Protocol):
         """Quantized activations, differentiable in ``x`` and in what is learned."""
 
 
-class Sized(Protocol):
-    """What knows how much memory it takes: a tensor, or a layer's Winograd weights."""
+class KnownOutputs(Protocol):
+    """What has outputs of a layer at hand."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes."""
-
-
-WeightsT = TypeVar("WeightsT", bound=Sized)
-
-
-class WeightCache:
-    """Quantized weights ready for use, the least recently used ones dropped above a memory cap.
-
-    Args:
-        max_bytes: Cap; 0 keeps nothing.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.num_bytes, self.num_misses = max_bytes, 0, 0
-        self._entries: OrderedDict[tuple[str, int, int], Any] = OrderedDict()
-
-    def get(self, key: tuple[str, int, int], compute: Callable[[], WeightsT]) -> WeightsT:
-        """The weights of ``(layer, bits, tile)``, computed if they are not there."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            found: WeightsT = self._entries[key]
-            return found
-        self.num_misses += 1
-        with torch.inference_mode(False), torch.no_grad():  # one kind of tensor, whoever asks first
-            value = compute()
-        if value.nbytes <= self.max_bytes:
-            self._entries[key] = value
-            self.num_bytes += value.nbytes
-        while self.num_bytes > self.max_bytes:
-            _, dropped = self._entries.popitem(last=False)
-            self.num_bytes -= dropped.nbytes
-        return value
-
-    def clear(self) -> None:
-        """Drop everything: the parameters of some quantizer have changed."""
-        self._entries.clear()
-        self.num_bytes = 0
+    def output(self, name: str, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """``compute(x)`` of the layer of this name, or what it returned for an equal ``x`` at the same setting."""
 
 
 class QuantLayer(nn.Module):
@@ -105,9 +66,7 @@ class QuantLayer(nn.Module):
         weight_choices, act_choices: Bit widths to hold; float needs none.
     """
 
-    def __init__(
-        self, name: str, cache: WeightCache, weight_choices: Sequence[int], act_choices: Sequence[int]
-    ) -> None:
+    def __init__(self, name: str, cache: LRUCache, weight_choices: Sequence[int], act_choices: Sequence[int]) -> None:
         super().__init__()
         self.name, self.cache = name, cache
         self.weight_choices, self.act_choices = tuple(weight_choices), tuple(act_choices)
@@ -234,7 +193,7 @@ class WeightedLayer(QuantLayer):
     def __init__(
         self,
         name: str,
-        cache: WeightCache,
+        cache: LRUCache,
         float_layer: nn.Conv2d | nn.Linear,
         num_inputs: int,
         channel_dim: int,
@@ -372,8 +331,12 @@ class QuantLinear(WeightedLayer):
 
     def __init__(self, *, float_layer: nn.Linear, **arguments: Any) -> None:
         super().__init__(float_layer=float_layer, num_inputs=float_layer.in_features, channel_dim=-1, **arguments)
+        self.known: KnownOutputs | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., C) -> (..., K)``."""
+        return self._linear(x) if self.known is None else self.known.output(self.name, x, self._linear)
+
+    def _linear(self, x: Tensor) -> Tensor:
         x = self.quantize_act(self.act_quantizer, x)
         return nn.functional.linear(x, self.weight(), self.float_layer.bias)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -24,12 +24,13 @@ from tmpq_exp.quant.layers import (
     QuantConv2d,
     QuantLayer,
     QuantLinear,
-    WeightCache,
     WeightedLayer,
     layers_at,
 )
+from tmpq_exp.quant.lru_cache import LRUCache
 from tmpq_exp.quant.quantizer import Quantizer
 from tmpq_exp.quant.seams import find_seams
+from tmpq_exp.quant.timestep_path import TimestepPath, find_timestep_layers
 from tmpq_exp.winograd.conv import StaticRanges, WinogradSpec
 from tmpq_exp.winograd.matrices import NetworkMatrices
 from tmpq_exp.winograd.scales import ScaleSet, as_scale_set
@@ -50,6 +51,7 @@ class Supernet(nn.Module):
         weight_choices, act_choices: Bit widths each layer holds, one entry a layer.
         config: Quantizer settings.
         seams: Layer name -> input channels before the seam of a concatenation, whose two sides are quantized apart.
+        timestep_layers: Names of linear layers whose input depends on the timestep alone (``find_timestep_layers``).
 
     References:
         Sun et al., "TMPQ-DM", arXiv 2404.09532: weight-sharing supernet as precision solver.
@@ -63,17 +65,20 @@ class Supernet(nn.Module):
         act_choices: Sequence[Sequence[int]],
         config: QuantConfig,
         seams: Mapping[str, int] | None = None,
+        timestep_layers: Collection[str] = (),
     ) -> None:
         super().__init__()
         shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
         self.network: nn.Module = _with_fixed_dtype(copy.deepcopy(network, shared))
-        self.cache = WeightCache(config.cache_max_bytes)
+        self.cache = LRUCache(config.cache_max_bytes)
         self.shapes, self.config, self.seams = tuple(layers), config, dict(seams or {})
         self.winograd: dict[int, tuple[WinogradSpec, NetworkMatrices]] = {}
         self.ranges: dict[tuple[str, int], StaticRanges] = {}
         choices = zip(layers, weight_choices, act_choices, strict=True)
         self._layers = [self._replace(shape, weights, acts) for shape, weights, acts in choices]
         self._runs_compiled = False
+        of_timestep = (x for x in self._layers if isinstance(x, QuantLinear) and x.name in timestep_layers)
+        self._timestep_path = TimestepPath(tuple(of_timestep))
         self.to(next(network.parameters()).device)
 
     def _replace(self, shape: LayerShape, weight_choices: Sequence[int], act_choices: Sequence[int]) -> QuantLayer:
@@ -162,6 +167,13 @@ class Supernet(nn.Module):
             layer.check(setting)
         with layers_at(self._layers, settings), self._compiled(settings) if self.is_compiled else nullcontext():
             yield
+
+    def at_timestep(self, timestep: int) -> AbstractContextManager[None]:
+        """Let all images of the calls in here be told this timestep, inside ``subnet``.
+
+        Layers that depend on it alone are then computed once a timestep; compiled code computes them anew.
+        """
+        return nullcontext() if self._runs_compiled else self._timestep_path.at(timestep)
 
     @contextmanager
     def _compiled(self, settings: Sequence[LayerSetting]) -> Iterator[None]:
@@ -256,6 +268,7 @@ class Supernet(nn.Module):
     def quantizers_changed(self) -> None:
         """Forget everything derived from scales and zero points."""
         self.cache.clear()
+        self._timestep_path.clear()
         for layer in self._layers:
             for quantizer in layer.act_quantizers():
                 quantizer.forget_parameters()
@@ -294,7 +307,8 @@ class SupernetModule(L.LightningModule):
         super().__init__()
         self.task = task
         seams = find_seams(task.unet, task.probe) if config.split_shortcuts else {}
-        self.supernet = Supernet(task.unet, layers, weight_choices, act_choices, config, seams)
+        of_timestep = find_timestep_layers(task.unet, task.probe)
+        self.supernet = Supernet(task.unet, layers, weight_choices, act_choices, config, seams, of_timestep)
         self._request: tuple[Candidate, Sequence[Sequence[int]], int] | None = None
 
     @property
@@ -319,17 +333,18 @@ class SupernetModule(L.LightningModule):
     @torch.inference_mode()
     def latents(self, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:
         """The same before they are decoded: clean states, ``(N, C, H, W)``; arguments as for ``images``."""
-        sample, supernet = self.task.latents, self.supernet
-        if len(candidate.allocations) == 1:
-            with supernet.subnet(candidate.allocations[0]):
-                return sample(supernet, image_indices, candidate.timesteps, seed)
-        return sample(
-            supernet,
-            image_indices,
-            candidate.timesteps,
-            seed,
-            activate=lambda step_index: supernet.subnet(candidate.allocation_at(step_index)),
-        )
+        supernet, timesteps = self.supernet, candidate.timesteps
+        told = [self.task.sampler.network_timestep(timestep) for timestep in timesteps]
+        is_uniform = len(candidate.allocations) == 1
+
+        @contextmanager
+        def activate(step_index: int) -> Iterator[None]:
+            subnet = nullcontext() if is_uniform else supernet.subnet(candidate.allocation_at(step_index))
+            with subnet, supernet.at_timestep(told[step_index]):
+                yield
+
+        with supernet.subnet(candidate.allocations[0]) if is_uniform else nullcontext():
+            return self.task.latents(supernet, image_indices, timesteps, seed, activate=activate)
 
     @contextmanager
     def requesting(self, candidate: Candidate, micro_batches: Sequence[Sequence[int]], seed: int) -> Iterator[None]:
