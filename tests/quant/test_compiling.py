@@ -11,8 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.quant.conftest import BITS, FAST, Case
 from tmpq_exp.config import Granularity
 from tmpq_exp.quant import supernet as supernet_module
-from tmpq_exp.quant.allocation import FLOAT_BITS, Allocation
-from tmpq_exp.quant.supernet import Supernet
+from tmpq_exp.quant.allocation import FLOAT_BITS, Allocation, Candidate
+from tmpq_exp.quant.supernet import Supernet, SupernetModule
+from tmpq_exp.zoo.task import DiffusionTask
 
 COMPILED = replace(FAST, compile=True)
 
@@ -55,6 +56,18 @@ def test_one_graph_serves_all_bits_and_another_one_float(digits: Case, graphs: C
     assert not images[1].equal(images[2])
     assert digits.run(compiling).equal(digits.run(digits.network))
     assert graphs.frame_count == 2
+
+
+def test_a_candidate_is_sampled_through_one_graph(
+    task: DiffusionTask, module: SupernetModule, graphs: CompileCounterWithBackend, digits: Case
+) -> None:
+    choices = [BITS] * len(digits.layers)
+    compiling = SupernetModule(task, digits.layers, choices, choices, COMPILED)
+    compiling.supernet.load_quantizer_state(module.supernet.quantizer_state(), "the other")
+    candidate = Candidate((900, 400, 20), (digits.uniform(6), digits.uniform(8), mixed(digits, 0)))
+    for indices in ([0, 1], [2, 3]):
+        assert compiling.images(candidate, indices, 11).equal(module.images(candidate, indices, 11))
+    assert graphs.frame_count == 1
 
 
 def test_what_cannot_be_held_runs_as_it_is(digits: Case, graphs: CompileCounterWithBackend) -> None:
