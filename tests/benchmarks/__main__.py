@@ -32,6 +32,7 @@ from tests.benchmarks.naive import naive_ratio
 from tests.benchmarks.scoring import forward_share, frechet_seconds
 from tests.benchmarks.supernets import BITS, SOFTMAX_BITS, cifar_unet, supernet_benchmarks
 from tests.benchmarks.timing import Measurement, at_least, measurement, rate, seconds, time_ratios
+from tmpq_exp.batch_size import LARGEST
 from tmpq_exp.config import CalibrationConfig
 from tmpq_exp.cost import AttentionShape, CostModel
 from tmpq_exp.diffusion.schedule import TimestepRule, group_minima, timestep_groups
@@ -181,7 +182,7 @@ def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
         "workers": lambda: _workers(few),
         "scoring": lambda: scoring_share(few),
         "naive loop": lambda: naive_ratio(128, 10, few),
-        **({"gpu naive loop": lambda: naive_ratio(2048, 10, few, "cuda", 256)} if torch.cuda.is_available() else {}),
+        **(gpu_naive_loops(few) if torch.cuda.is_available() else {}),
         "growth images": lambda: images_growth(128, 10, few),
         "growth layers": lambda: layers_growth(rounds),
         "growth widths": lambda: widths_growth(few),
@@ -191,6 +192,14 @@ def benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
         "images": lambda: image_seconds(512, 10, few),
         "calibration seconds": lambda: calibration_seconds(demo_config().calibration),
         "calibration loss": lambda: calibration_loss(demo_config().calibration),
+    }
+
+
+def gpu_naive_loops(rounds: int) -> dict[str, Callable[[], Measurement]]:
+    """The naive loop against ours on a GPU, both at few images a forward and at as many as we take by ourselves."""
+    return {
+        f"gpu naive loop {size}": lambda size=size: naive_ratio(2048, 10, rounds, "cuda", size)  # type: ignore[misc]
+        for size in (256, LARGEST["cuda"])
     }
 
 

@@ -76,6 +76,6 @@ def naive_ratio(
             rounds,
             round_seconds=0,
         )
-    name = f"naive loop / ours, a candidate of ddpm_digits, {num_images} images"
+    name = f"naive loop / ours, a candidate of ddpm_digits, {num_images} images, {micro_batch} a forward"
     line = measurement(name, ratios, "x ours", None, device_name(device))
     return at_least(NAIVE_GOAL, line)
