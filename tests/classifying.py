@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from tmpq_exp.__main__ import conf_dir
+from tmpq_exp.classification import Study, prepare
 from tmpq_exp.classify import classify
 from tmpq_exp.config import register_schema, to_config
 from tmpq_exp.report.classification import all_rows
+from tmpq_exp.rundir import RunDirectory
 from tmpq_exp.zoo.resnet import CifarResNet
 
 CLASSES = ("cat", "dog", "ship")
@@ -27,13 +29,18 @@ STATIC = (
 )
 
 
-def write_inputs(folder: Path) -> Path:
-    """Random weights of a ResNet-20 for three classes, and three folders of random images."""
+def write_network(path: Path, depth: int) -> None:
+    """Random weights of a CIFAR ResNet for three classes."""
     torch.manual_seed(0)
-    network = CifarResNet(20, len(CLASSES))
+    network = CifarResNet(depth, len(CLASSES))
     with torch.no_grad():
         network.train()(torch.randn(64, 3, 12, 12))  # statistics of the norms, so that logits differ
-    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, folder / "r20.th")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, path)
+
+
+def write_inputs(folder: Path) -> Path:
+    """Random weights of a ResNet-20 for three classes, and three folders of random images."""
+    write_network(folder / "r20.th", 20)
     rng = np.random.default_rng(0)
     for name in CLASSES:
         (folder / "images" / name).mkdir(parents=True)
@@ -43,8 +50,20 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
+def study(inputs: Path, directory: Path, *overrides: str, **changes: str) -> Study:
+    """What ``run`` prepares before it learns or measures anything."""
+    composed, resolved = composition(inputs, directory, *overrides, **changes)
+    return prepare(to_config(composed), RunDirectory.claim(directory, resolved))
+
+
 def run(inputs: Path, directory: Path, *overrides: str, **changes: str) -> None:
     """The command as a user gives it, in this process; an empty change leaves a key as it is."""
+    composed, resolved = composition(inputs, directory, *overrides, **changes)
+    classify(to_config(composed), resolved)
+
+
+def composition(inputs: Path, directory: Path, *overrides: str, **changes: str) -> tuple[DictConfig, dict[str, Any]]:
+    """The configuration of ``run``, and the same resolved."""
     register_schema()
     GlobalHydra.instance().clear()
     given = {
@@ -64,7 +83,7 @@ def run(inputs: Path, directory: Path, *overrides: str, **changes: str) -> None:
         )
     resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     assert isinstance(resolved, dict)
-    classify(to_config(composed), {str(key): value for key, value in resolved.items()})
+    return composed, {str(key): value for key, value in resolved.items()}
 
 
 def rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:

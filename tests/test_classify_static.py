@@ -5,22 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.classifying import STATIC, rows, run
+from tests.classifying import STATIC, rows, run, study
 from tmpq_exp import classification
-from tmpq_exp.__main__ import conf_dir
-from tmpq_exp.config import register_schema, to_config
 from tmpq_exp.data import ImageFolderData
-from tmpq_exp.rundir import RunDirectory
 from tmpq_exp.zoo.weights import read_tensors
 
 
@@ -75,36 +68,21 @@ def test_static_scales_come_from_calibration_images_alone(
 
 
 def test_static_rows_run_with_their_ranges(inputs: Path, tmp_path: Path) -> None:
-    register_schema()
-    GlobalHydra.instance().clear()
-    calibration = calibration_images(tmp_path / "calibration")
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        composed = compose(
-            "config",
-            [
-                *(
-                    "experiment=winograd/resnet_cifar",
-                    f"model.checkpoint={inputs}/r20.th",
-                    f"data.root={inputs}/images",
-                ),
-                *(f"data.calibration_root={calibration}", f"paths.run_dir={tmp_path / 'run'}", *STATIC),
-            ],
-        )
-    resolved: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
-    study = classification.prepare(to_config(composed), RunDirectory.claim(tmp_path / "run", resolved))
-    variants = {variant.name: variant for variant in study.config.classification.rows()}
+    calibration = {"data.calibration_root": str(calibration_images(tmp_path / "calibration"))}
+    prepared = study(inputs, tmp_path / "run", *STATIC, **calibration)
+    variants = {variant.name: variant for variant in prepared.config.classification.rows()}
     found = {
-        name: classification.with_ranges(study, classification.winograd_row(study, variants[name], {}))
+        name: classification.with_ranges(prepared, classification.winograd_row(prepared, variants[name], {}))
         for name in ("dynamic", "static")
     }
     assert not found["dynamic"].ranges
-    assert len(found["static"].ranges) == len(study.layers)
+    assert len(found["static"].ranges) == len(prepared.layers)
     assert found["dynamic"].state() != found["static"].state()
-    images = next(iter(study.data.test_dataloader()))[0][:4]
+    images = next(iter(prepared.data.test_dataloader()))[0][:4]
     logits = {}
     for name, row in found.items():
-        with classification._as(study, row), torch.no_grad():
-            logits[name] = study.supernet(images)
+        with classification._as(prepared, row), torch.no_grad():
+            logits[name] = prepared.supernet(images)
     assert not torch.equal(logits["static"], logits["dynamic"])
-    exact = study.task.network(images)
+    exact = prepared.task.network(images)
     assert float((logits["static"] - exact).square().mean() / exact.square().mean()) < 0.5

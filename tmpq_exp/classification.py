@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -143,6 +143,7 @@ def prepare(config: Config, run: RunDirectory) -> Study:
     layers = tuple(layer for layer in eligible_layers(task.network)[0] if reasons.get(layer.name, "") is None)
     if not layers:
         raise UserError(f"model: {task.name} has no convolution that Winograd can compute")
+    _check_files_of_scales(config, layers)
     choices = [(BITS,)] * len(cost)
     supernet = Supernet(task.network, cost.layers, choices, choices, config.quant).eval()
     for layer in supernet.layers:
@@ -165,7 +166,7 @@ def prepare(config: Config, run: RunDirectory) -> Study:
 
 
 def _check_settings(config: Config) -> None:
-    """Refuse what shows before anything is loaded, down to the rows' points and files of scales."""
+    """Refuse what shows before anything is loaded, down to the rows' points."""
     for place, quantizer in (("weight", config.quant.weight), ("act", config.quant.act)):
         if quantizer.granularity != Granularity.PER_GROUP:
             raise UserError(
@@ -180,11 +181,22 @@ def _check_settings(config: Config) -> None:
     if config.winograd.learning.num_steps == 0 and "learned" in [row.scales for row in config.classification.rows()]:
         raise UserError("winograd.learning.num_steps must be at least 1 where classification has learned scales")
     for row in config.classification.rows():
+        with _row(row):
+            spec_of(config.winograd.varied(row), row.m)
+
+
+def _check_files_of_scales(config: Config, layers: Sequence[ConvWeight]) -> None:
+    for row in config.classification.rows():
         winograd = config.winograd.varied(row)
-        with bad_input(f" (row {row.name} of classification)"):
-            spec = spec_of(winograd, row.m)
-            if winograd.scales_from is not None:
-                read_scales(Path(winograd.scales_from), spec)
+        if winograd.scales_from is not None:
+            with _row(row):
+                names = [layer.name for layer in layers]
+                read_scales(Path(winograd.scales_from), spec_of(winograd, row.m), names)
+
+
+def _row(row: VariantConfig) -> AbstractContextManager[None]:
+    """Names the row behind what is wrong with it."""
+    return bad_input(f" (row {row.name} of classification)")
 
 
 def _check_calibration(config: Config, data: ImageFolderData) -> None:

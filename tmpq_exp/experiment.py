@@ -19,7 +19,7 @@ from tmpq_exp.batch_size import fitting_micro_batch
 from tmpq_exp.choices import examined_tiles, held_bits, search_space, used_tiles, winograd_spec, with_tile
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.config.identity import digest
-from tmpq_exp.cost import CostModel, LayerShape, with_error_feedback
+from tmpq_exp.cost import ConvShape, CostModel, LayerShape, is_eligible, with_error_feedback
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
     TimestepSpacing,
@@ -290,11 +290,12 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     )
     experiment.further, experiment.warnings = metrics.further, metrics.warnings
     experiment.budget_bitops = _budget_bitops(experiment)
+    eligible = [shape.name for shape in cost.layers if isinstance(shape, ConvShape) and is_eligible(shape)]
     experiment.standard_schedule(config.evaluation.reference_steps)  # what is wrong fails here, not after the search
     for m in examined_tiles(config):
         spec = winograd_spec(config, m)
         if m in used_tiles(config) and config.winograd.scales_from is not None:
-            read_scales(Path(config.winograd.scales_from), spec)
+            read_scales(Path(config.winograd.scales_from), spec, eligible)
     make_search(experiment)
     return experiment
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -238,17 +238,24 @@ def _plain(spec: WinogradSpec, scales: ScaleSet) -> dict[str, Any]:
     return {"spec": asdict(spec), "scales": scales.to_json()}
 
 
-def read_scales(path: Path, spec: WinogradSpec) -> ScaleSet:
+def read_scales(path: Path, spec: WinogradSpec, layers: Collection[str] | None = None) -> ScaleSet:
     """Scales of a spec's tile and points from a file of ``write_scales``.
 
     Layers that have scales of their own there keep them where this network has a layer of the same name; every other
     layer takes the shared ones.
 
+    Args:
+        path: The file.
+        spec: Which tile, with which points.
+        layers: Names of this network's eligible layers; None where the file is known to be of this network.
+
     Raises:
-        ValueError: If the file cannot be read, or holds no scales for this tile or for these points.
+        ValueError: If the file cannot be read, or holds no scales for this tile or for these points, or if it holds
+            scales for single layers, none of which this network has.
     """
     try:
-        tiles = parse_json_object(path.read_bytes())["tiles"]
+        content = parse_json_object(path.read_bytes())
+        tiles = content["tiles"]
         entry = tiles.get(str(spec.m))
         points = None if entry is None else list(entry["points"])
         scales = None if entry is None else ScaleSet.from_json(entry["scales"])
@@ -261,4 +268,10 @@ def read_scales(path: Path, spec: WinogradSpec) -> ScaleSet:
         raise ValueError(f"{path} holds scales of F({spec.m},{spec.r}) for the points {points}, not for {wanted}")
     if len(scales.shared.s_b) != spec.n:
         raise ValueError(f"{path} holds {len(scales.shared.s_b)} scales for tile {spec.m}, {spec.n} are needed")
+    if layers is not None and scales.layers and scales.layers.keys().isdisjoint(layers):
+        named = f"{next(iter(scales.layers))}{' and others' if len(scales.layers) > 1 else ''}"
+        raise ValueError(
+            f"{path} holds scales for single layers of {content.get('model')}, {named}, none of which this network "
+            "has; scales that were learned without winograd.learning.per_layer are for any network"
+        )
     return scales
