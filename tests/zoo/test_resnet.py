@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
 from tmpq_exp.cost import ConvShape
 from tmpq_exp.data import ImageFolderData
 from tmpq_exp.metrics.accuracy import count_correct
-from tmpq_exp.zoo.resnet import CIFAR_DEPTHS, CifarBlock, CifarResNet, ResNetCifar, ResNetImagenet
+from tmpq_exp.zoo.resnet import CIFAR_DEPTHS, IMAGENET_DEPTHS, CifarBlock, CifarResNet, ResNetCifar, ResNetImagenet
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -74,14 +75,42 @@ def test_files_load_as_they_are(suffix: str, tmp_path: Path) -> None:
     )
 
 
-def test_torchvisions_own_state_dict_loads(tmp_path: Path) -> None:
-    model = ResNetImagenet(18, str(tmp_path / "r18.pth"))
-    network = model.architecture(3).eval()
-    torch.save(network.state_dict(), model.checkpoint)
-    task = model.task()
-    assert (task.name, task.num_classes) == ("resnet_imagenet18", 3)
+@pytest.fixture(scope="module")
+def torchvisions() -> dict[int, nn.Module]:
+    """torchvision's own networks, of random weights, by depth."""
+    torch.manual_seed(1)
+    networks = {18: torchvision.models.resnet18, 34: torchvision.models.resnet34, 50: torchvision.models.resnet50}
+    return {depth: build(weights=None, num_classes=3).eval() for depth, build in networks.items()}
+
+
+@pytest.mark.parametrize("depth", IMAGENET_DEPTHS)
+def test_torchvisions_own_state_dict_loads(depth: int, torchvisions: dict[int, nn.Module], tmp_path: Path) -> None:
+    path = tmp_path / f"r{depth}.pth"
+    torch.save(torchvisions[depth].state_dict(), path)
+    task = ResNetImagenet(depth, str(path)).task()
+    assert (task.name, task.num_classes, task.network.training) == (f"resnet_imagenet{depth}", 3, False)
     with torch.no_grad():
-        assert torch.equal(task.network(X), network(X))
+        assert torch.equal(task.network(X), torchvisions[depth](X))
+    layers = task.layers((3, 32, 32))
+    assert sum("downsample" not in layer.name for layer in layers) == depth  # shortcuts do not count
+
+
+@pytest.mark.parametrize(
+    ("of", "read_as", "said"),
+    [
+        (18, 34, r"first missing key layer1\.2\.bn1\.bias"),
+        (34, 18, r"first extra key layer1\.2\.bn1\.bias"),
+        (34, 50, r"first missing key layer1\.0\.bn3\.bias"),
+        (50, 34, r"first extra key layer1\.0\.bn3\.bias"),
+    ],
+)
+def test_another_depth_of_torchvision_is_refused_by_the_first_key(
+    of: int, read_as: int, said: str, torchvisions: dict[int, nn.Module], tmp_path: Path
+) -> None:
+    path = tmp_path / f"r{of}.pth"
+    torch.save(torchvisions[of].state_dict(), path)
+    with pytest.raises(ValueError, match=rf"resnet_imagenet{read_as}: .*r{of}\.pth does not fit: .*{said}"):
+        ResNetImagenet(read_as, str(path)).task()
 
 
 def test_another_depth_is_refused_by_the_first_key(tmp_path: Path) -> None:
