@@ -22,7 +22,11 @@ from tmpq_exp.config import Config, UserError, register_schema, to_config
 
 CONF = conf_dir()
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
-NEEDED = {"budget/bitops": ["budget.bitops=1000000"], "space/joint_tile": ["quant=groupwise"]}
+NEEDED = {
+    "budget/bitops": ["budget.bitops=1000000"],
+    "budget/macs": ["budget.macs=1000000"],
+    "space/joint_tile": ["quant=groupwise"],
+}
 """What an option cannot do without."""
 
 DEFAULT_OPTIONS = ("hydra/default", "config")
@@ -272,8 +276,11 @@ def test_the_releases_scale_knows_no_tiles() -> None:
 
 
 def test_a_budget_of_its_own_needs_its_number() -> None:
-    with pytest.raises(UserError, match=r"budget\.bitops must be given"):
-        checked("budget=bitops")
+    for name in ("bitops", "macs"):
+        with pytest.raises(UserError, match=rf"budget\.{name} must be given and at least 1, found 0"):
+            checked(f"budget={name}")
+    with pytest.raises(UserError, match=r"budget\.bitops and budget\.macs: give one of them, found 5 and 6"):
+        checked("budget.bitops=5", "budget.macs=6")
 
 
 def test_conf_lies_beside_the_package_in_a_checkout() -> None:

@@ -10,10 +10,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from tmpq_exp.__main__ import conf_dir
+from tmpq_exp.choices import used_tiles, winograd_spec
 from tmpq_exp.config import register_schema, to_config
 from tmpq_exp.experiment import Experiment, prepare
 from tmpq_exp.rundir import RunDirectory
 from tmpq_exp.search.trials import TrialLog
+from tmpq_exp.tiling import tile_rule
+from tmpq_exp.winograd.transform import closed_form_scales
 
 
 def laid_out(directory: Path, *overrides: str) -> Experiment:
@@ -34,6 +37,40 @@ def test_w8a8_at_the_reference_steps_costs_ten_times_the_budget_of_joint_k(joint
     reference = joint_k.baselines()["w8a8_reference"]
     assert reference.timesteps == joint_k.standard_schedule(100)
     assert joint_k.cost.bitops(reference) == 10 * joint_k.budget_bitops
+
+
+TILES_ONLY = ("experiment=joint_winograd", "ablation=tiles_only", "budget=macs")
+
+
+def test_the_rule_keeps_a_budget_in_macs_and_takes_the_least_noise_it_allows(tmp_path: Path) -> None:
+    direct = 407_500_000  # MACs of ten direct calls, rounded up
+    chosen = {}
+    for share in (1.0, 0.9, 0.7, 0.6):
+        macs = int(share * direct)
+        experiment = laid_out(tmp_path / f"{share}", *TILES_ONLY, f"budget.macs={macs}")
+        specs = {m: winograd_spec(experiment.config, m) for m in used_tiles(experiment.config)}
+        experiment.module.supernet.set_winograd({m: (s, closed_form_scales(s.transform())) for m, s in specs.items()})
+        for layer in experiment.module.supernet.layers:
+            rows = layer.weight_rows()
+            if rows is not None:
+                rows[0].estimate(rows[1])
+        candidate = tile_rule(experiment)
+        assert candidate is not None
+        assert set(candidate.allocations[0].weight_bits) == set(candidate.allocations[0].act_bits) == {8}
+        chosen[share] = candidate.allocations[0].tiles
+        assert macs / 1.1 < experiment.cost.macs(candidate) <= macs
+        assert experiment.budget_bitops == 64 * macs
+        assert experiment.cost.bitops(candidate) == 64 * experiment.cost.macs(candidate)
+    counts = [sum(tile > 0 for tile in tiles) for tiles in chosen.values()]
+    assert counts == sorted(set(counts))  # every further saving takes tiles at more layers
+
+
+def test_a_budget_in_macs_needs_8_bits_everywhere(tmp_path: Path) -> None:
+    message = r"budget\.macs counts where all bits are 8 .* found \[5, 6, 7, 8\]; give budget\.bitops"
+    with pytest.raises(ValueError, match=message):
+        laid_out(tmp_path / "bits", "experiment=joint_winograd", "budget=macs", "budget.macs=400000000")
+    with pytest.raises(ValueError, match=r"found \[8, 16\]"):
+        laid_out(tmp_path / "softmax", *TILES_ONLY, "budget.macs=400000000", "quant.softmax_bits=16")
 
 
 def test_joint_k_may_keep_more_steps_than_there_are_groups(joint_k: Experiment) -> None:

@@ -19,7 +19,7 @@ from tmpq_exp.batch_size import fitting_micro_batch
 from tmpq_exp.choices import examined_tiles, held_bits, search_space, used_tiles, winograd_spec, with_tile
 from tmpq_exp.config import Config, UserError
 from tmpq_exp.config.identity import digest
-from tmpq_exp.cost import ConvShape, CostModel, LayerShape, is_eligible, with_error_feedback
+from tmpq_exp.cost import TRANSFORM_BITS, ConvShape, CostModel, LayerShape, is_eligible, with_error_feedback
 from tmpq_exp.diffusion.schedule import (
     TimestepRule,
     TimestepSpacing,
@@ -272,7 +272,8 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
     """Load the float task, price it, lay out the search space and build the supernet.
 
     Raises:
-        ValueError: If a checkpoint is bad, K exceeds the schedule, or the budget is below the cheapest candidate.
+        ValueError: If a checkpoint is bad, K exceeds the schedule, or the budget is below the cheapest candidate or in
+            MACs where not all bits are 8.
     """
     model = instantiate(config.model)
     if not isinstance(model, DiffusionModel):
@@ -323,8 +324,21 @@ def _budget_bitops(experiment: Experiment) -> int:
     budget = experiment.config.budget
     if budget.bitops is not None:
         return budget.bitops
+    if budget.macs is not None:
+        return _bitops_of_macs(budget.macs, experiment.space)
     steps = experiment.standard_schedule(experiment.config.space.num_inference_steps)
     return experiment.cost.bitops(experiment.uniform(steps, budget.weight_bits, budget.act_bits))
+
+
+def _bitops_of_macs(macs: int, space: SearchSpace) -> int:
+    """What so many MACs are in BitOPs where no layer has other bits than the transforms of Winograd layers."""
+    found = sorted({bits for choices in (*space.weight_choices, *space.act_choices) for bits in choices})
+    if found != [TRANSFORM_BITS]:
+        raise ValueError(
+            f"budget.macs counts where all bits are {TRANSFORM_BITS} (space.weight_bits, space.act_bits, "
+            f"quant.softmax_bits, and those of space.recipe), found {found}; give budget.bitops"
+        )
+    return macs * TRANSFORM_BITS**2
 
 
 def make_search(experiment: Experiment) -> Search:

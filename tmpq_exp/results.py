@@ -113,7 +113,7 @@ def assemble_report(
             for metric in final_objective.further
         ],
         "num_train_timesteps": experiment.task.num_train_timesteps,
-        "budget": {"bitops": experiment.budget_bitops, "name": _budget_name(experiment)},
+        "budget": {"bitops": experiment.budget_bitops, "name": experiment.config.budget.name},
         "baselines": [entry(finals[name], name, weighted, experiment.cost) for name in baselines],
         "best": best,
         "front": [
@@ -220,11 +220,6 @@ def picture_records(experiment: Experiment, objective: Objective) -> list[dict[s
     for record in records:
         record["multiplications"] = experiment.cost.multiplications(Candidate.from_json(record["candidate"]))
     return records
-
-
-def _budget_name(experiment: Experiment) -> str:
-    budget = experiment.config.budget
-    return "bitops" if budget.bitops is not None else f"w{budget.weight_bits}a{budget.act_bits}"
 
 
 def sample_rows(experiment: Experiment, shipped: Shipped, seed: int) -> list[tuple[str, Tensor]]:

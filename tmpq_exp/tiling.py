@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tmpq_exp.choices import examined_tiles, used_tiles, winograd_spec
-from tmpq_exp.cost import ConvShape, is_eligible
+from tmpq_exp.cost import TRANSFORM_BITS, ConvShape, is_eligible
 from tmpq_exp.experiment import Experiment
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.layers import LayerSetting, QuantConv2d, WeightedLayer, layers_at
@@ -172,7 +172,8 @@ def tile_rule(experiment: Experiment) -> Candidate | None:
     Weights have uniform bits and so have activations: of those at which some choice of tiles fits the budget, the
     highest, first by the lower of the two. Noise is the sum over layers of the
     error's power over the output's, each measured on noise by the layer as a candidate would run it. The budget is that
-    of the search, in BitOPs with transforms; only at W8A8 is that one in MACs.
+    of the search, in BitOPs with transforms. One in MACs (``budget.macs``) is kept at W8A8 alone: MACs do not fall with
+    bits.
 
     Returns:
         The candidate, or None where no uniform bits fit.
@@ -181,7 +182,8 @@ def tile_rule(experiment: Experiment) -> Candidate | None:
     timesteps = experiment.standard_schedule(config.space.num_inference_steps)
     seeds = noise_seeds(stream_seed(config.seed, "tile rule") % 2**32, 0, len(cost))
     calls = len(timesteps) * cost.calls_per_step
-    pairs = product(*_bits_of_all(experiment.module.supernet))
+    held = _bits_of_all(experiment.module.supernet)
+    pairs = product(*held) if config.budget.macs is None else [(TRANSFORM_BITS, TRANSFORM_BITS)]
     for weight_bits, act_bits in sorted(pairs, key=lambda pair: (min(pair), pair), reverse=True):
         direct = experiment.uniform(timesteps, weight_bits, act_bits)
         (allocation,) = direct.allocations

@@ -79,22 +79,35 @@ class SpaceConfig:
 
 @dataclass
 class BudgetConfig:
-    """Ceiling on the BitOPs of a whole trajectory.
+    """Ceiling on the BitOPs, or on the MACs, of a whole trajectory.
 
     Args:
         weight_bits, act_bits: The ceiling is what the direct network costs at these uniform bits and K steps.
         bitops: Explicit ceiling; overrides the two above.
+        macs: The same in executed MACs, transforms of Winograd layers counted, where every layer of the space has 8
+            bits alone.
     """
 
     weight_bits: int = 6
     act_bits: int = 6
     bitops: int | None = None
+    macs: int | None = None
 
     def __post_init__(self) -> None:
         check_bits("budget.weight_bits", self.weight_bits)
         check_bits("budget.act_bits", self.act_bits)
-        if self.bitops is not None and self.bitops < 1:
-            raise UserError(f"budget.bitops must be given and at least 1, found {self.bitops}")
+        for name, given in (("bitops", self.bitops), ("macs", self.macs)):
+            if given is not None and given < 1:
+                raise UserError(f"budget.{name} must be given and at least 1, found {given}")
+        if self.bitops is not None and self.macs is not None:
+            raise UserError(f"budget.bitops and budget.macs: give one of them, found {self.bitops} and {self.macs}")
+
+    @property
+    def name(self) -> str:
+        """What the ceiling comes from: ``macs``, ``bitops``, or uniform bits as ``w6a6``."""
+        if self.macs is not None:
+            return "macs"
+        return "bitops" if self.bitops is not None else f"w{self.weight_bits}a{self.act_bits}"
 
 
 @dataclass
