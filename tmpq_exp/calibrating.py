@@ -20,6 +20,9 @@ from tmpq_exp.rundir import bad_input
 from tmpq_exp.sharing import Team
 from tmpq_exp.zoo.weights import content_hash, read_tensors, write_tensors
 
+KIND = "quantizers of the supernet"
+"""What the stage's file holds, for messages."""
+
 RESULT_FREE = ("states", "max_cache_bytes")
 """Settings of the calibration that change nothing but where things are: states count by what they hold."""
 
@@ -77,9 +80,9 @@ def _calibrate(
     metadata = {"model": experiment.task.name, "inputs": digest(inputs), "states": str(source)}
 
     def compute() -> list[dict[str, Any]]:
-        earlier = _earlier(experiment, path, digest(inputs))
+        earlier = experiment.earlier(path, digest(inputs), KIND)
         if earlier is not None:
-            supernet.load_quantizer_state(read_tensors(earlier, "quantizers of the supernet")[0], str(earlier))
+            supernet.load_quantizer_state(read_tensors(earlier, KIND)[0], str(earlier))
             records: list[dict[str, Any]] = []
         else:
             files = UnitFiles(experiment.run.calibration, digest(inputs))
@@ -90,21 +93,11 @@ def _calibrate(
 
     records: list[dict[str, Any]] = experiment.run.stage(name, inputs, [path], compute)
     with bad_input("; remove it to calibrate again"):
-        state, found = read_tensors(path, "quantizers of the supernet")
+        state, found = read_tensors(path, KIND)
         if found.get("inputs") != digest(inputs):
             raise ValueError(f"{path} was made by another calibration")
         supernet.load_quantizer_state(state, str(path))
     return records
-
-
-def _earlier(experiment: Experiment, path: Path, inputs: str) -> Path | None:
-    """The same calibration's file in a run directory to reuse."""
-    relative = path.relative_to(experiment.run.path)
-    for directory in map(Path, experiment.config.reuse):
-        file = directory / relative
-        if file.exists() and read_tensors(file, "quantizers of the supernet")[1].get("inputs") == inputs:
-            return file
-    return None
 
 
 def _learn(

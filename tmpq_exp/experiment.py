@@ -53,7 +53,7 @@ from tmpq_exp.zoo.task import (
     TrainableModel,
     task_layers,
 )
-from tmpq_exp.zoo.weights import content_hash
+from tmpq_exp.zoo.weights import content_hash, read_tensors
 
 
 @dataclass
@@ -103,6 +103,22 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.executor = LocalExecutor(self.module)
+
+    def earlier(self, path: Path, inputs: str, kind: str) -> Path | None:
+        """The file that a run to be reused has of a stage whose file here is ``path``, if its inputs were the same.
+
+        Args:
+            path: In this run's directory.
+            inputs: Digest of the stage's inputs, which its file's metadata holds.
+            kind: What the file should hold, for messages.
+
+        Raises:
+            UserError: If such a file is damaged.
+        """
+        relative = path.relative_to(self.run.path)
+        files = (Path(directory) / relative for directory in self.config.reuse)
+        with bad_input():
+            return next((f for f in files if f.exists() and read_tensors(f, kind)[1].get("inputs") == inputs), None)
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:

@@ -138,8 +138,8 @@ class Config:
         search: The search algorithm, a partial ``_target_``.
         trainer: The Lightning Trainer, a partial ``_target_``.
         metrics: Metrics by name, each a ``_target_``; ``evaluation`` chooses among them.
-        reuse: Run directories whose evaluations are taken over where protocol and quantizers are the same, as they
-            are when only the budget or the search differ.
+        reuse: Run directories whose calibration, static ranges and evaluations are taken over where protocol and
+            quantizers are the same, as they are when only the budget or the search differ.
         runs: Run directories, or directories of sweeps, that ``task=report`` and ``task=table`` compare and
             ``task=log`` logs again.
         seed: Seed of every random stream, at least 0.
