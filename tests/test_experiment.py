@@ -16,6 +16,8 @@ from tmpq_exp.experiment import Experiment, prepare
 from tmpq_exp.rundir import RunDirectory
 from tmpq_exp.search.trials import TrialLog
 from tmpq_exp.tiling import tile_rule
+from tmpq_exp.winograd.scales import ScaleSet, write_scales
+from tmpq_exp.winograd.spec import WinogradSpec
 from tmpq_exp.winograd.transform import closed_form_scales
 
 
@@ -37,6 +39,18 @@ def test_w8a8_at_the_reference_steps_costs_ten_times_the_budget_of_joint_k(joint
     reference = joint_k.baselines()["w8a8_reference"]
     assert reference.timesteps == joint_k.standard_schedule(100)
     assert joint_k.cost.bitops(reference) == 10 * joint_k.budget_bitops
+
+
+def test_scales_of_single_layers_are_for_networks_that_have_some_of_them(tmp_path: Path) -> None:
+    spec, path = WinogradSpec(4), tmp_path / "winograd_scales.json"
+    closed = closed_form_scales(spec.transform())
+    own = "down_blocks.0.resnets.0.conv1"
+    overrides = ("winograd=f4", f"winograd.scales_from={path}", "winograd.report_tiles=[]")
+    write_scales(path, "resnet_cifar20", {4: (spec, ScaleSet(closed, {"layer1.0.conv1": closed}))})
+    with pytest.raises(ValueError, match=r"single layers of resnet_cifar20, layer1\.0\.conv1, none of which"):
+        laid_out(tmp_path / "foreign", *overrides)
+    write_scales(path, "resnet_cifar20", {4: (spec, ScaleSet(closed, {"layer1.0.conv1": closed, own: closed}))})
+    laid_out(tmp_path / "known", *overrides)
 
 
 TILES_ONLY = ("experiment=joint_winograd", "ablation=tiles_only", "budget=macs")
