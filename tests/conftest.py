@@ -77,7 +77,7 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a small run of task=classify reads; see ``tests.classifying.write_inputs``."""
     from tests.classifying import write_inputs
 

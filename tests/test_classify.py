@@ -48,9 +48,9 @@ FURTHER = ["f4_improved_per_layer", "f6_standard_shaped"]
 
 
 @pytest.fixture(scope="module")
-def done(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(toy_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run") / "a"
-    run(inputs, directory, *SMALL)
+    run(toy_inputs, directory, *SMALL)
     return directory
 
 
@@ -78,9 +78,9 @@ def test_every_row_has_its_documented_keys(report: dict[str, Any]) -> None:
     assert [found["f4_improved_learned"][key] for key in ("m", "points", "scales")] == [4, "improved", "learned"]
 
 
-def test_the_float_row_is_the_float_network(inputs: Path, report: dict[str, Any]) -> None:
-    data = ImageFolderData(str(inputs / "images"), batch_size=5)
-    correct = count_correct(ResNetCifar(20, str(inputs / "r20.th")).task().network, data.test_dataloader())
+def test_the_float_row_is_the_float_network(toy_inputs: Path, report: dict[str, Any]) -> None:
+    data = ImageFolderData(str(toy_inputs / "images"), batch_size=5)
+    correct = count_correct(ResNetCifar(20, str(toy_inputs / "r20.th")).task().network, data.test_dataloader())
     assert rows(report)["float"]["top1"] == pytest.approx(100 * correct / 12)
 
 
@@ -124,8 +124,10 @@ def test_multiplications_are_those_counted_by_hand(report: dict[str, Any]) -> No
     assert ratio == pytest.approx(direct / (winograd + 2016 * channels))
 
 
-def test_every_eligible_layer_runs_as_winograd_and_all_others_at_8_bits(inputs: Path, report: dict[str, Any]) -> None:
-    cost = CostModel(ResNetCifar(20, str(inputs / "r20.th")).task().layers((3, 12, 12)))
+def test_every_eligible_layer_runs_as_winograd_and_all_others_at_8_bits(
+    toy_inputs: Path, report: dict[str, Any]
+) -> None:
+    cost = CostModel(ResNetCifar(20, str(toy_inputs / "r20.th")).task().layers((3, 12, 12)))
     chosen = allocation(cost, Row("x", BITS, spec=WinogradSpec(4)))
     assert set(chosen.weight_bits) == set(chosen.act_bits) == {8}
     direct = [shape.name for shape, tile in zip(cost.layers, chosen.tiles, strict=True) if tile == 0]
@@ -149,7 +151,7 @@ def test_learning_keeps_both_figures_and_its_curve(report: dict[str, Any]) -> No
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(
-    inputs: Path,
+    toy_inputs: Path,
     done: Path,
     report: dict[str, Any],
     tmp_path: Path,
@@ -171,7 +173,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(
         return real(study, row, bar)
 
     monkeypatch.setattr(classification, "_measure", counted)
-    run(inputs, copy, *SMALL)
+    run(toy_inputs, copy, *SMALL)
     assert measured == ["f4_improved_closed_form", "f6_standard_shaped"]
     assert re.search(
         r"^forecast  \d+ images in 2 rows, about \d:\d\d:\d\d here, scales learned$",
@@ -205,7 +207,7 @@ def test_a_report_that_misses_something_is_refused(report: dict[str, Any]) -> No
         validate_classification(report | {"schema": 1})
 
 
-def test_further_rows_take_baselines_and_scales_of_another_run(inputs: Path, done: Path, tmp_path: Path) -> None:
+def test_further_rows_take_baselines_and_scales_of_another_run(toy_inputs: Path, done: Path, tmp_path: Path) -> None:
     further = [
         "{name: per_tap, m: 4, winograd: {method: per_tap}}",
         "{name: fsq, m: 4, winograd: {method: fsq_style}}",
@@ -213,7 +215,7 @@ def test_further_rows_take_baselines_and_scales_of_another_run(inputs: Path, don
     ]
     listed = ",".join(further).replace("$FROM", str(done / "winograd_scales.json"))
     run(
-        inputs,
+        toy_inputs,
         tmp_path / "run",
         "classification.tiles=[]",
         f"classification.further=[{listed}]",
@@ -253,7 +255,11 @@ def test_further_rows_take_baselines_and_scales_of_another_run(inputs: Path, don
             r"classification\.further: a: winograd\.act_scales must be dynamic or static, found 'sometimes'",
         ),
         ([], {"data.root": "{inputs}"}, r"has 1 class folders, model resnet_cifar20 tells 3 classes apart"),
-        ([], {"data.root": "{inputs}/nowhere"}, r"data\.root: .*nowhere must hold one subfolder of images a class"),
+        (
+            [],
+            {"data.root": "{inputs}/nowhere"},
+            r"data\.root: .*nowhere must hold one subfolder of images a class",
+        ),
         ([], {"model.checkpoint": "null"}, r"model\.checkpoint must be given"),
         ([], {"model.depth": "32"}, r"first missing key layer1\.3\.bn1\.bias"),
         (["model=ddpm_digits"], {"model.checkpoint": "null"}, r"DigitsDDPM is no classifier"),
@@ -273,19 +279,24 @@ def test_further_rows_take_baselines_and_scales_of_another_run(inputs: Path, don
     ],
 )
 def test_bad_input_is_named(
-    inputs: Path, overrides: list[str], changes: dict[str, str], said: str, tmp_path: Path
+    toy_inputs: Path, overrides: list[str], changes: dict[str, str], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises((UserError, InstantiationException)) as caught:
-        run(inputs, tmp_path / "run", *overrides, **{k: v.format(inputs=inputs) for k, v in changes.items()})
+        run(
+            toy_inputs,
+            tmp_path / "run",
+            *overrides,
+            **{k: v.format(inputs=toy_inputs) for k, v in changes.items()},
+        )
     assert is_bad_input(caught.value)
     assert re.search(said, explain(caught.value, [], conf_dir()))
 
 
 @pytest.mark.slow
-def test_the_command(inputs: Path, tmp_path: Path) -> None:
+def test_the_command(toy_inputs: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "tmpq_exp", "experiment=winograd/resnet_cifar", "model.depth=20", "logger=none"),
-        *(f"model.checkpoint={inputs}/r20.th", f"data.root={inputs}/images", "data.limit=6"),
+        *(f"model.checkpoint={toy_inputs}/r20.th", f"data.root={toy_inputs}/images", "data.limit=6"),
         *("winograd.learning.num_steps=1", f"hydra.run.dir={tmp_path / 'run'}"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(classification.__file__).parents[1])}

@@ -34,11 +34,11 @@ def ranges_of(run: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.slow
 def test_static_scales_come_from_calibration_images_alone(
-    inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    toy_inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     calibration = calibration_images(tmp_path / "calibration")
     given = {"data.calibration_root": str(calibration), "data.calibration_images": "3"}
-    run(inputs, tmp_path / "a", *STATIC, **given)
+    run(toy_inputs, tmp_path / "a", *STATIC, **given)
     said = " ".join(capfd.readouterr().out.split())
     assert "Activation scales are static, from 3 images of calibration, in static, balanced." in said
     report = json.loads((tmp_path / "a" / "report.json").read_text(encoding="utf-8"))
@@ -61,15 +61,15 @@ def test_static_scales_come_from_calibration_images_alone(
     others = calibration_images(tmp_path / "tests", per_class=4, seed=2)
     (others / "third").mkdir()
     shutil.copy(others / "one" / "0.png", others / "third" / "0.png")
-    run(inputs, tmp_path / "b", *STATIC, **given | {"data.root": str(others)})  # other test images, the same ranges
+    run(toy_inputs, tmp_path / "b", *STATIC, **given | {"data.root": str(others)})  # other test images, the same ranges
     again = ranges_of(tmp_path / "b")
     for row, tensors in ranges.items():
         assert all(torch.equal(again[row][key], value) for key, value in tensors.items())
 
 
-def test_static_rows_run_with_their_ranges(inputs: Path, tmp_path: Path) -> None:
+def test_static_rows_run_with_their_ranges(toy_inputs: Path, tmp_path: Path) -> None:
     calibration = {"data.calibration_root": str(calibration_images(tmp_path / "calibration"))}
-    prepared = study(inputs, tmp_path / "run", *STATIC, **calibration)
+    prepared = study(toy_inputs, tmp_path / "run", *STATIC, **calibration)
     variants = {variant.name: variant for variant in prepared.config.classification.rows()}
     found = {
         name: classification.with_ranges(prepared, classification.winograd_row(prepared, variants[name], {}))

@@ -23,9 +23,9 @@ TRANSFERRED = "{name: closed, m: 4}, {name: transferred, m: 4, scales: learned, 
 
 
 @pytest.fixture(scope="module")
-def deeper(inputs: Path) -> Path:
+def deeper(toy_inputs: Path) -> Path:
     """A ResNet-32 beside the ResNet-20."""
-    path = inputs / "r32.th"
+    path = toy_inputs / "r32.th"
     write_network(path, 32)
     return path
 
@@ -34,10 +34,10 @@ def further(listed: str) -> tuple[str, str]:
     return "classification.tiles=[]", f"classification.further=[{listed}]"
 
 
-def used_on_deeper(inputs: Path, deeper: Path, directory: Path, scales: Path) -> ScaleSet:
+def used_on_deeper(toy_inputs: Path, deeper: Path, directory: Path, scales: Path) -> ScaleSet:
     """Scales of the row that takes them from a file, on the ResNet-32."""
     changes = {"model.checkpoint": str(deeper), "model.depth": "32"}
-    prepared = study(inputs, directory, *further(TRANSFERRED.replace("PATH", str(scales))), **changes)
+    prepared = study(toy_inputs, directory, *further(TRANSFERRED.replace("PATH", str(scales))), **changes)
     variant = next(row for row in prepared.config.classification.rows() if row.name == "transferred")
     found = winograd_row(prepared, variant, {}).scales
     assert found is not None
@@ -46,10 +46,10 @@ def used_on_deeper(inputs: Path, deeper: Path, directory: Path, scales: Path) ->
 
 @pytest.mark.parametrize("per_layer", ["false", "true"])
 def test_layers_take_the_scales_of_their_name_and_others_the_shared_ones(
-    per_layer: str, inputs: Path, deeper: Path, tmp_path: Path
+    per_layer: str, toy_inputs: Path, deeper: Path, tmp_path: Path
 ) -> None:
     changes = {"data.limit": "3", "winograd.learning.num_steps": "10"}
-    run(inputs, tmp_path / "r20", *further(LEARNED.replace("PER_LAYER", per_layer)), **changes)
+    run(toy_inputs, tmp_path / "r20", *further(LEARNED.replace("PER_LAYER", per_layer)), **changes)
     path = tmp_path / "r20" / "winograd_scales.json"
     written = json.loads(path.read_text(encoding="utf-8"))
     assert written["model"] == "resnet_cifar20"
@@ -57,7 +57,7 @@ def test_layers_take_the_scales_of_their_name_and_others_the_shared_ones(
     closed = closed_form_scales(WinogradSpec(4).transform())
     assert own != ScaleSet(closed)  # something was learned
     assert bool(own.layers) == (per_layer == "true")
-    found = used_on_deeper(inputs, deeper, tmp_path / "r32", path)
+    found = used_on_deeper(toy_inputs, deeper, tmp_path / "r32", path)
     assert found == own
     for name in ("conv1", *own.layers):
         assert found.of(name) == own.of(name)
@@ -65,7 +65,7 @@ def test_layers_take_the_scales_of_their_name_and_others_the_shared_ones(
 
 
 def test_scales_of_layers_that_the_network_does_not_have_are_refused(
-    inputs: Path, deeper: Path, tmp_path: Path
+    toy_inputs: Path, deeper: Path, tmp_path: Path
 ) -> None:
     spec, path = WinogradSpec(4), tmp_path / "winograd_scales.json"
     closed = closed_form_scales(spec.transform())
@@ -75,14 +75,18 @@ def test_scales_of_layers_that_the_network_does_not_have_are_refused(
         r"network has; .* without winograd\.learning\.per_layer .*row transferred of classification"
     )
     with pytest.raises(UserError, match=message):
-        used_on_deeper(inputs, deeper, tmp_path / "run", path)
+        used_on_deeper(toy_inputs, deeper, tmp_path / "run", path)
 
 
 @pytest.mark.slow
-def test_the_commands(inputs: Path, deeper: Path, tmp_path: Path) -> None:
+def test_the_commands(toy_inputs: Path, deeper: Path, tmp_path: Path) -> None:
     def command(name: str, depth: int, *overrides: str) -> subprocess.CompletedProcess[str]:
         arguments = (
-            *(f"model.depth={depth}", f"model.checkpoint={inputs}/r{depth}.th", f"data.root={inputs}/images"),
+            *(
+                f"model.depth={depth}",
+                f"model.checkpoint={toy_inputs}/r{depth}.th",
+                f"data.root={toy_inputs}/images",
+            ),
             *("data.limit=6", "logger=none", "num_threads=1", f"hydra.run.dir={tmp_path}/{name}", *overrides),
         )
         environment = {**os.environ, "PYTHONPATH": str(Path(classification.__file__).parents[1])}
