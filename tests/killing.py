@@ -75,9 +75,9 @@ def log_of(directory: Path) -> str:
     return text
 
 
-def kill_at_random(directory: Path, rng: random.Random, longest_seconds: float) -> bool:
+def kill_at_random(directory: Path, rng: random.Random, longest_seconds: float, prepare: Prepare | None = None) -> bool:
     """Start a run and kill it, without a warning, within this time; False if it ended before."""
-    process = start(directory)
+    process = start(directory, prepare=prepare)
     process.join(rng.uniform(0, longest_seconds))
     process.kill()
     process.join(TIMEOUT)

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ TINY = (
 )
 """What a run of a few seconds is told."""
 
+TIMEOUT = 200
+"""Seconds after which a run, or a moment of it, is given up."""
+
 
 def run_here(directory: Path, *overrides: str) -> None:
     """A job inside this process, without the seconds of imports."""
@@ -57,6 +62,14 @@ def start(directory: Path, *overrides: str, **environment: str) -> subprocess.Po
         text=True,
         start_new_session=True,
     )
+
+
+def wait_until(moment: Callable[[], bool], otherwise: str = "a moment never came") -> None:
+    """Wait for a moment; give up with these words."""
+    deadline = time.monotonic() + TIMEOUT
+    while not moment():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.02)
 
 
 def num_trials(directory: Path) -> int:

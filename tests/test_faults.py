@@ -23,6 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
 from tests import killing
+from tests.disturbances import Measurements
 from tmpq_exp.config import UserError, register_schema
 from tmpq_exp.jobs import conf_dir, run_job
 from tmpq_exp.quant.allocation import Candidate
@@ -90,9 +91,10 @@ def copy(whole: tuple[Path, float], tmp_path: Path) -> Path:
 @pytest.mark.parametrize("count", COUNTS)
 def test_kills_at_random_moments_lose_nothing(count: int, whole: tuple[Path, float], tmp_path: Path) -> None:
     directory, rng = tmp_path / "killed", random.Random(count)
-    undisturbed, num_killed, seen = trials_of(whole[0]), 0, b""
+    undisturbed, num_killed, seen, measurements = trials_of(whole[0]), 0, b"", Measurements(directory)
     for _ in range(3 * count):
-        is_killed = killing.kill_at_random(directory, rng, 0.5 * whole[1])
+        is_killed = killing.kill_at_random(directory, rng, 0.5 * whole[1], measurements.prepare)
+        measurements.check(num_in_flight=is_killed)
         found = trials_of(directory)
         recorded = found[: found.rfind(b"\n") + 1]
         assert undisturbed.startswith(recorded), "none twice, none wrong, none out of turn"
@@ -103,9 +105,11 @@ def test_kills_at_random_moments_lose_nothing(count: int, whole: tuple[Path, flo
         if not is_killed:  # it has ended, in spite of the kills before: from the beginning
             assert_same_end(directory, whole[0])
             shutil.rmtree(directory)
+            measurements.go_on()
             seen = b""
     assert num_killed == count
-    killing.finish(killing.start(directory), directory)
+    killing.finish(killing.start(directory, prepare=measurements.prepare), directory)
+    measurements.check(num_in_flight=0)
     assert_same_end(directory, whole[0])
 
 

@@ -20,7 +20,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from tests.running import TINY, num_trials, run_here, start
+from tests.disturbances import Measurements, injected
+from tests.running import TIMEOUT, TINY, num_trials, run_here, start, wait_until
 from tmpq_exp.__main__ import conf_dir
 from tmpq_exp.calibrating import calibrate
 from tmpq_exp.config import UserError, from_plain, register_schema
@@ -33,8 +34,6 @@ from tmpq_exp.worker import Blueprint, Order, Worker
 from tmpq_exp.zoo.weights import read_tensors
 
 TWO = ("trainer.devices=2",)
-TIMEOUT = 200
-
 NUM_SEARCHED = 13
 """Trials of the search and of its baselines."""
 
@@ -74,13 +73,6 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in listed]
 
 
-def wait_until(moment: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not moment():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def same_end(directory: Path, alone: Path) -> None:
     assert (directory / "trials.jsonl").read_bytes() == (alone / "trials.jsonl").read_bytes()
     recipes = [json.loads((place / "recipe.json").read_text()) for place in (directory, alone)]
@@ -107,8 +99,9 @@ def lose_rank_1(directory: Path, count: int) -> bytes:
 
 
 def lose_rank_1_when(moment: Callable[[], bool], directory: Path, overrides: tuple[str, ...]) -> None:
-    """Start two ranks, kill the second at a moment, and look at what the run says."""
-    process = start(directory, *overrides, *TWO)
+    """Start two ranks, kill the second at a moment, and look at what the run says and has measured."""
+    measurements = Measurements(directory)
+    process = start(directory, *overrides, *TWO, **injected(measurements.prepare))
     wait_until(lambda: moment() or process.poll() is not None)
     os.kill(children(process)[0], signal.SIGKILL)
     output = finish(process, 1, -signal.SIGKILL)  # rank 0 sees it, or Lightning's observer where rank 0 is at work
@@ -116,6 +109,7 @@ def lose_rank_1_when(moment: Callable[[], bool], directory: Path, overrides: tup
     assert "rank of this run has stopped" in said
     assert "start again with the same hydra.run.dir" in said
     assert "Traceback" not in output
+    measurements.check(2)
 
 
 def test_two_ranks_write_what_one_writes_until_one_is_lost(alone: Path, tmp_path: Path) -> None:
@@ -129,7 +123,10 @@ def test_two_ranks_write_what_one_writes_until_one_is_lost(alone: Path, tmp_path
 @pytest.mark.slow
 def test_two_ranks_go_on_behind_a_lost_one(alone: Path, tmp_path: Path) -> None:
     before = lose_rank_1(tmp_path / "run", 4)
-    finish(start(tmp_path / "run", *TINY, *TWO))
+    measurements = Measurements(tmp_path / "run")
+    measurements.go_on()
+    finish(start(tmp_path / "run", *TINY, *TWO, **injected(measurements.prepare)))
+    measurements.check(0)
     assert (tmp_path / "run" / "trials.jsonl").read_bytes().startswith(before)
     same_end(tmp_path / "run", alone)
 
@@ -142,20 +139,21 @@ def test_two_ranks_learn_what_one_learns(learned_alone: Path, tmp_path: Path) ->
     same_end(directory, learned_alone)
 
 
+def units(directory: Path) -> dict[Path, int]:
+    """Finished units of a calibration, with the time each was written at."""
+    return {path: path.stat().st_mtime_ns for path in (directory / "calibration").glob("unit_*.safetensors")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_calibration_goes_on_behind_a_lost_rank(ranks: int, learned_alone: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-
-    def units() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (directory / "calibration").glob("unit_*.safetensors")}
-
-    lose_rank_1_when(lambda: len(units()) >= 5, directory, LEARNED)
-    before = units()
+    lose_rank_1_when(lambda: len(units(directory)) >= 5, directory, LEARNED)
+    before = units(directory)
     assert len(before) >= 5
     process = start(directory, *LEARNED, f"trainer.devices={ranks}")
-    wait_until(lambda: len(units()) > len(before) or process.poll() is not None)
-    kept = units()
+    wait_until(lambda: len(units(directory)) > len(before) or process.poll() is not None)
+    kept = units(directory)
     assert not kept or before.items() <= kept.items()
     finish(process)
     same_calibration(directory, learned_alone)
@@ -186,8 +184,9 @@ def test_ranks_end_with_rank_0_before_they_have_met(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_killed_at_random_moments_change_nothing(seed: int, alone: Path, tmp_path: Path) -> None:
     directory, rng, num_killed = tmp_path / "run", random.Random(seed), 0
+    measurements = Measurements(directory)
     for _ in range(9):
-        process = start(directory, *TINY, *TWO)
+        process = start(directory, *TINY, *TWO, **injected(measurements.prepare))
         time.sleep(rng.uniform(1, 20))
         is_killed = process.poll() is None
         if is_killed:
@@ -196,13 +195,16 @@ def test_ranks_killed_at_random_moments_change_nothing(seed: int, alone: Path, t
         assert process.returncode in ((1, -signal.SIGKILL) if is_killed else (0,)), output
         assert "Traceback" not in output
         num_killed += is_killed
+        measurements.check(2 * is_killed)
         if num_killed == 3:
             break
         if not is_killed:  # it has ended, in spite of the kills before: from the beginning
             same_end(directory, alone)
             shutil.rmtree(directory)
+            measurements.go_on()
     assert num_killed == 3
-    finish(start(directory, *TINY, *TWO))
+    finish(start(directory, *TINY, *TWO, **injected(measurements.prepare)))
+    measurements.check(0)
     same_end(directory, alone)
 
 
