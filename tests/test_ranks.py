@@ -161,6 +161,24 @@ def test_a_calibration_goes_on_behind_a_lost_rank(ranks: int, learned_alone: Pat
 
 
 @pytest.mark.slow
+def test_units_of_a_killed_calibration_that_are_damaged_are_learned_again(learned_alone: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    process = start(directory, *LEARNED)
+    wait_until(lambda: len(units(directory)) >= 5 or process.poll() is not None)
+    process.kill()
+    process.communicate(timeout=TIMEOUT)
+    whole, short, empty, changed, *_ = sorted(units(directory))
+    short.write_bytes(short.read_bytes()[:-100])
+    empty.write_bytes(b"")
+    changed.write_bytes(changed.read_bytes()[:-8] + b"\1\2\3\4\5\6\7\0")
+    said = [line for line in finish(start(directory, *LEARNED)).splitlines() if "what it held is found again" in line]
+    assert [path.name in line for path, line in zip((short, empty, changed), said, strict=True)] == [True] * 3
+    assert not whole.exists()
+    same_calibration(directory, learned_alone)
+    same_end(directory, learned_alone)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_ranks_end_with_rank_0_and_one_process_takes_over(count: int, alone: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"

@@ -24,6 +24,7 @@ from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import closed_form_scales
 from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.task import DiffusionTask
+from tmpq_exp.zoo.weights import write_tensors
 
 TIMESTEPS = (700, 250, 40)
 TILES = {m: (WinogradSpec(m), closed_form_scales(WinogradSpec(m).transform())) for m in (2, 4)}
@@ -266,6 +267,9 @@ def test_a_missing_truncated_or_changed_state_is_refused(path: Path, task: Diffu
     state = path.with_suffix(".safetensors")
     content = state.read_bytes()
     state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"recipe\.safetensors is damaged"):
+        apply_recipe(path, task)
+    write_tensors(state, {"scale": torch.ones(1)}, {})
     with pytest.raises(ValueError, match=r"recipe\.safetensors is not the file"):
         apply_recipe(path, task)
     state.write_bytes(content[:-10])

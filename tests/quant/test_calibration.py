@@ -174,18 +174,24 @@ def same(a: Reconstructed, b: Reconstructed) -> bool:
     return a.state.keys() == b.state.keys() and all(torch.equal(a.state[key], b.state[key]) for key in a.state)
 
 
-@pytest.mark.parametrize("method", [pytest.param("uniform_prefix", marks=pytest.mark.slow), "sampled"])
-def test_a_killed_calibration_goes_on_behind_its_last_unit(
-    cross_attention: Case, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learned: list[str] = []
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Units that are learned, one entry a pass."""
+    names: list[str] = []
     learn = BlockwiseReconstruction.learn
 
     def noting(self: BlockwiseReconstruction, index: int, name: int | str) -> list[UnitRecord]:
-        learned.append(self.units[index].name)
+        names.append(self.units[index].name)
         return learn(self, index, name)
 
     monkeypatch.setattr(BlockwiseReconstruction, "learn", noting)
+    return names
+
+
+@pytest.mark.parametrize("method", [pytest.param("uniform_prefix", marks=pytest.mark.slow), "sampled"])
+def test_a_killed_calibration_goes_on_behind_its_last_unit(
+    cross_attention: Case, method: str, tmp_path: Path, learned: list[str]
+) -> None:
     whole = reconstruct(cross_attention, method, tmp_path / "whole")
     all_learned, learned[:] = list(learned), []
     assert len(set(all_learned)) == whole.module.num_epochs - 1
@@ -197,6 +203,43 @@ def test_a_killed_calibration_goes_on_behind_its_last_unit(
     assert first + learned == all_learned
     assert same(resumed, whole)
     assert resumed.module.records == whole.module.records
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGES: dict[int, Callable[[bytes], bytes]] = {
+    0: lambda content: flipped(content, len(content) - 3),
+    1: lambda content: b"",
+    2: lambda content: content[: len(content) // 2],
+    3: lambda content: content[:-1],
+    4: lambda content: bytes(len(content)),
+    6: lambda content: flipped(content, len(content) - 3),
+    7: lambda content: flipped(content, content.index(b"loss_after") + 1),
+}
+"""What becomes of the file of a finished epoch."""
+
+
+def test_finished_units_whose_files_are_damaged_are_learned_again(
+    cross_attention: Case, tmp_path: Path, learned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = reconstruct(cross_attention, "sampled", tmp_path / "whole")
+    all_learned, learned[:] = list(learned), []
+    folder = tmp_path / "killed"
+    reconstruct(cross_attention, "sampled", folder, kill=9)
+    num_first, learned[:] = len(learned), []
+    files = {epoch: folder / "calibration" / f"unit_{epoch:04d}.safetensors" for epoch in DAMAGES}
+    for epoch, file in files.items():
+        file.write_bytes(DAMAGES[epoch](file.read_bytes()))
+    resumed = reconstruct(cross_attention, "sampled", folder)
+    assert learned == [*(all_learned[epoch - 1] for epoch in DAMAGES if epoch), *all_learned[num_first:]]
+    assert same(resumed, whole)
+    assert resumed.module.records == whole.module.records
+    said = capsys.readouterr().err.splitlines()
+    for file, line in zip(files.values(), said, strict=True):
+        assert f"{file} is " in line
+        assert line.endswith("; what it held is found again")
 
 
 def test_spilling_changes_nothing(cross_attention: Case, tmp_path: Path) -> None:

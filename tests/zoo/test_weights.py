@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tmpq_exp.zoo.weights import content_hash, load_weights, read_tensors, write_tensors
@@ -43,6 +44,22 @@ def test_truncated_file(path: Path, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated or no safetensors file"):
         load_weights(network(), path, "mine")
+
+
+@pytest.mark.parametrize("part", [b"mine", b'"seed"', None])
+def test_a_changed_bit_is_noticed(path: Path, part: bytes | None) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1 if part is None else content.index(part) + 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^weights: .*model\.safetensors is damaged \(its content is no longer what"):
+        read_tensors(path, "weights")
+
+
+def test_a_file_of_others_has_no_hash_and_is_read(path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, path, {"model": "theirs"})
+    tensors, metadata = read_tensors(path, "weights")
+    assert tensors["weight"].tolist() == [1, 1]
+    assert metadata == {"model": "theirs"}
 
 
 def test_another_kind_of_file(path: Path) -> None:

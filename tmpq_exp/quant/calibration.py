@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -46,14 +47,14 @@ class UnitFiles:
         self.folder, self.inputs = folder, inputs
 
     def read(self, epoch: int) -> tuple[dict[str, Tensor], list[UnitRecord]] | None:
-        """Quantizer state and records of an epoch; None if it was not finished.
-
-        Raises:
-            ValueError: If the file is damaged.
-        """
+        """Quantizer state and records of an epoch; None if it was not finished, or its file is damaged, and says so."""
         if not self._path(epoch).exists():
             return None
-        state, metadata = read_tensors(self._path(epoch), "finished part of a calibration")
+        try:
+            state, metadata = read_tensors(self._path(epoch), "finished part of a calibration")
+        except ValueError as error:
+            print(f"warning: {error}; what it held is found again", file=sys.stderr)
+            return None
         if metadata.get("inputs") != self.inputs:
             return None
         return state, [UnitRecord(**record) for record in json.loads(metadata["records"])]

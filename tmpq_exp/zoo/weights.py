@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,30 +15,42 @@ from torch import Tensor, nn
 
 from tmpq_exp.files import replace_file
 
+SEAL = "content_sha256"
+"""Key of the metadata under which a file that was written here keeps the hash of all else that it holds."""
+
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file.
 
     Args:
-        path: The file.
+        path: The file; one that was not written here has no hash and is taken as it is.
         kind: What the file should hold, for the error message.
 
     Raises:
-        ValueError: If the file is missing, truncated or no safetensors file.
+        ValueError: If the file is missing, truncated, no safetensors file, or no longer what was written.
     """
     if not path.is_file():
         raise ValueError(f"{kind}: no file at {path}; a safetensors file was expected there")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{kind}: {path} is truncated or no safetensors file ({error})") from error
+    if metadata.pop(SEAL, None) not in (None, _seal(tensors, metadata)):
+        raise ValueError(f"{kind}: {path} is damaged (its content is no longer what was written)")
+    return tensors, metadata
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write atomically: readers see the old file or the whole new one."""
+    """Write atomically: readers see the old file or the whole new one, and notice if a bit of it is changed later."""
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    replace_file(path, save(contiguous, metadata=dict(metadata)))
+    replace_file(path, save(contiguous, metadata={**metadata, SEAL: _seal(contiguous, metadata)}))
+
+
+def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    described = json.dumps(sorted(metadata.items())) + content_hash(tensors)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
