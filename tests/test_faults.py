@@ -113,29 +113,6 @@ def test_kills_at_random_moments_lose_nothing(count: int, whole: tuple[Path, flo
     assert_same_end(directory, whole[0])
 
 
-def backwards() -> None:
-    """A clock that jumps back an hour whenever somebody looks, and a disk that takes its time."""
-    looks, fsync, start = [0], os.fsync, time.time()
-
-    def look() -> float:
-        looks[0] += 1
-        return start - 3600.0 * looks[0]
-
-    def slow(descriptor: int) -> None:
-        time.sleep(0.02)
-        fsync(descriptor)
-
-    time.time, time.time_ns, os.fsync = look, lambda: int(look() * 1e9), slow
-
-
-@pytest.mark.slow
-def test_a_clock_that_jumps_back_and_a_slow_disk_change_nothing(whole: tuple[Path, float], copy: Path) -> None:
-    for file in copy.iterdir():
-        os.utime(file, (2**32, 2**32))  # from the future, as the clock has it
-    killing.finish(killing.start(copy, prepare=backwards), copy)
-    assert_same_end(copy, whole[0])
-
-
 def limit_files_to(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
