@@ -276,9 +276,16 @@ class TestWhatNobodyForesaw:
         assert not list((tmp_path / "run").iterdir())
 
     def test_full_disk(self, raised: Callable[[Exception], int], capsys: pytest.CaptureFixture[str]) -> None:
-        assert raised(OSError(28, "No space left on device", "run/stages.json")) == 1
+        assert raised(OSError(28, "No space left on device", "run/stages.json")) == 2
         message = only_line(capsys.readouterr().err)
-        assert message.startswith("run/stages.json: No space left on device; what was written before is kept")
+        assert message.startswith(
+            "run/stages.json: No space left on device; what was written before is kept. Make room"
+        )
+
+    def test_a_broken_disk(self, raised: Callable[[Exception], int], capsys: pytest.CaptureFixture[str]) -> None:
+        assert raised(OSError(5, "Input/output error", "run/stages.json")) == 1
+        message = only_line(capsys.readouterr().err)
+        assert message.startswith("run/stages.json: Input/output error; what was written before is kept, start again")
 
     def test_a_value_error_of_other_code_is_no_user_error(
         self, raised: Callable[[Exception], int], tmp_path: Path

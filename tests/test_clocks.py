@@ -124,9 +124,10 @@ def test_a_lock_is_held_as_long_as_its_process_lives_whatever_time_it_is(
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         os.utime(path, (0, 0))  # as old as can be
-        assert looked() == ["True", "left to it"]
+        found = looked()
         holder.kill()
         holder.wait()
+    assert found == ["True", "left to it"]
     assert looked()[-1] == "taken over"
 
 

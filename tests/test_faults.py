@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import resource
@@ -161,31 +160,6 @@ def test_a_file_system_without_room_loses_nothing(whole: tuple[Path, float], tmp
         process.join(killing.TIMEOUT)
         assert process.exitcode == 0
         assert_same_end(directory, whole[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("is_started", [False, True])
-def test_a_directory_that_cannot_be_written_is_said(is_started: bool, copy: Path, tmp_path: Path) -> None:
-    place = copy if is_started else tmp_path / "readonly"
-    place.mkdir(exist_ok=True)
-    before = {path.name: path.read_bytes() for path in place.iterdir()}
-    command = [killing.sys.executable, "-m", "tmpq_exp", *killing.TINY, f"hydra.run.dir={place}"]
-    if os.geteuid() == 0:  # root may write everywhere, unless it gives that right away
-        if shutil.which("setpriv") is None:
-            pytest.skip("needs setpriv (util-linux) to run without root's rights")
-        command = ["setpriv", "--bounding-set", "-dac_override", *command]
-    environment = {**os.environ, "PYTHONPATH": str(conf_dir().parent)}
-    for path in (*place.iterdir(), place):
-        path.chmod(0o500 if path.is_dir() else 0o400)
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=killing.TIMEOUT)
-    finally:
-        place.chmod(0o700)
-    assert done.returncode in (1, 2)
-    (line,) = done.stderr.splitlines()
-    assert str(place) in line
-    assert "Permission denied" in line
-    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
 DAMAGED = ("config.yaml", "environment.json", "stages.json", "supernet.safetensors")

@@ -184,6 +184,8 @@ def test_a_disk_that_is_mounted_read_only_is_to_be_made_writable(tmp_path: Path)
 def test_only_an_unwritable_disk_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), writing(tmp_path):
         (tmp_path / "missing").read_text()
+    with pytest.raises(PermissionError), writing(tmp_path / "run"):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "weights of others"))
 
 
 def test_json_files_are_strict(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from tmpq_exp import locks
+from tmpq_exp import locks, sweep_end
 from tmpq_exp.config import to_config
+from tmpq_exp.files import remedy
 from tmpq_exp.job_record import (
     LOCK_NAME,
     RECORD_NAME,
@@ -26,7 +27,7 @@ from tmpq_exp.job_record import (
     register_resolvers,
     write_record,
 )
-from tmpq_exp.overrides import EXIT_UNEXPECTED, exit_status, explain, is_bad_input
+from tmpq_exp.overrides import EXIT_BAD_INPUT, EXIT_UNEXPECTED, exit_status, explain, is_bad_input
 
 register_resolvers()  # here, because the processes of a launcher import this module before they compose a job
 
@@ -183,8 +184,11 @@ def failure_of(error: Exception, run_dir: Path | None = None) -> Failure:
         return Failure(exit_status(error), explain(error, sys.argv[1:], conf_dir()))
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
-        advice = "what was written before is kept, start again with the same hydra.run.dir"
-        return Failure(EXIT_UNEXPECTED, f"{place}{error.strerror}; {advice}")
+        advice, how = remedy(error), "hydra.sweep.dir" if sweep_end.directory() is not None else "hydra.run.dir"
+        found = f"{place}{error.strerror}; what was written before is kept"
+        if advice is None:
+            return Failure(EXIT_UNEXPECTED, f"{found}, start again with the same {how}")
+        return Failure(EXIT_BAD_INPUT, f"{found}. {advice} and start again with the same {how}")
     first_line = next(iter(str(error).splitlines()), "")
     found = f"unexpected error {type(error).__name__}: {first_line}"
     return Failure(EXIT_UNEXPECTED, f"{found}; {_keep_traceback(error, run_dir)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import json
 import os
@@ -26,10 +25,8 @@ from omegaconf import OmegaConf
 from tmpq_exp import locks
 from tmpq_exp.config import UserError
 from tmpq_exp.config.identity import digest, flatten, lasting
-from tmpq_exp.files import replace_file
+from tmpq_exp.files import remedy, replace_file
 from tmpq_exp.plain_data import parse_json_object, read_yaml_mapping
-
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _PACKAGES = ("torch", "torchvision", "lightning", "diffusers", "transformers", "torchmetrics", "pytorch-fid", "numpy")
 
@@ -55,17 +52,22 @@ def bad_input(advice: str = "") -> Iterator[None]:
 
 @contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a ``UserError`` that says how to go on."""
+    """Turn a disk that is full, read-only or somebody else's into a ``UserError`` that says how to go on."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        advice = remedy(error)
+        if advice is None or (isinstance(error, PermissionError) and not _is_within(error.filename, directory)):
             raise
-        remedy = "Make it writable" if error.errno == errno.EROFS else "Make room"
         raise UserError(
             f"{error.filename or directory} could not be written ({error.strerror}); what was recorded in {directory} "
-            f"is safe. {remedy} and start again with the same hydra.run.dir"
+            f"is safe. {advice} and start again with the same hydra.run.dir"
         ) from error
+
+
+def _is_within(name: str | None, directory: Path) -> bool:
+    """Whether a file lies in a directory, or is not named: others may be kept from being read."""
+    return name is None or Path(name).absolute().is_relative_to(directory.absolute())
 
 
 @dataclass(frozen=True)

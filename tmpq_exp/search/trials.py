@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tmpq_exp.config import UserError
+from tmpq_exp.files import remedy
 from tmpq_exp.metrics.names import loss
 from tmpq_exp.plain_data import parse_json_object
 from tmpq_exp.quant.allocation import Candidate
@@ -171,7 +172,8 @@ class TrialLog:
                 os.truncate(self.path, size)
             raise UserError(
                 f"{self.path}: trial {trial.index} could not be written ({error.strerror}); the {len(self.trials)} "
-                "trials before it are safe. Make room and start again with the same hydra.run.dir"
+                f"trials before it are safe. {remedy(error) or 'See to the disk'} and start again with the same "
+                "hydra.run.dir"
             ) from error
         self.num_lines += 1
         self._remember(trial)
