@@ -9,7 +9,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from torch import Tensor
 
 from tests import killing
-from tests.disturbances import Measurements
+from tests.disturbances import Measurements, break_candidates
 from tmpq_exp.config import UserError, register_schema
 from tmpq_exp.jobs import conf_dir, run_job
-from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
 from tmpq_exp.zoo.weights import read_tensors
 
@@ -194,16 +192,8 @@ def test_one_candidate_too_large_and_one_that_breaks_down_are_said_and_the_searc
     lines = [json.loads(line) for line in trials_of(whole[0]).splitlines()]
     large, broken = (line for line in lines[-3:-1])
     assert large["phase"] == broken["phase"] == "final"
-    images = SupernetModule.images
-
-    def disturbed(self: SupernetModule, candidate: Candidate, image_indices: Sequence[int], seed: int) -> Tensor:
-        is_final = seed == large["seed"]
-        if is_final and candidate.key() == large["key"] and len(image_indices) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        made = images(self, candidate, image_indices, seed)
-        return made * float("nan") if is_final and candidate.key() == broken["key"] else made
-
-    monkeypatch.setattr(SupernetModule, "images", disturbed)
+    monkeypatch.setattr(SupernetModule, "images", SupernetModule.images)  # as it shall be again
+    break_candidates(large["key"], broken["key"], large["seed"], room=4)
     run_here(copy)
     found = [json.loads(line) for line in trials_of(copy).splitlines()]
     assert "out of memory at 8 images a forward" in capfd.readouterr().err
