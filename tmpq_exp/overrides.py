@@ -45,6 +45,8 @@ def is_bad_input(error: BaseException) -> bool:
         return True
     if isinstance(cause, (FileExistsError, NotADirectoryError)) and module == "pathlib":
         return _is_run_dir_error(cause)
+    if _slurm_problem(cause) is not None:
+        return True
     # a target's signature does not take the keys (also a parse failure of Hydra's own command line)
     return module.startswith(("hydra.", "antlr4.")) and isinstance(cause, (TypeError, ValueError, LookupError))
 
@@ -69,6 +71,30 @@ def _is_run_dir_error(error: BaseException) -> bool:
     )
 
 
+def _slurm_problem(error: BaseException) -> str | None:
+    """Why SLURM took no jobs; None if the error is of another kind."""
+    module = _raising_module(error)
+    is_there = not isinstance(error, FileNotFoundError) or error.filename != "sbatch"
+    if is_there and module == "submitit.core.utils" and isinstance(error, RuntimeError):
+        return f"hydra/launcher=submitit_slurm: {_first_line(error)}"
+    if is_there and module != "submitit.slurm.slurm":
+        return None
+    return (
+        "hydra/launcher=submitit_slurm: found no sbatch and srun on this host; start the sweep where SLURM takes jobs, "
+        "or set hydra/launcher=submitit_local or hydra/launcher=joblib"
+    )
+
+
+def is_out_of_time(error: BaseException) -> bool:
+    """Whether a job on a cluster has reached its time limit, and is not queued again."""
+    return _raising_module(error) == "submitit.core.job_environment"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def explain(error: BaseException, arguments: Iterable[str], conf_dir: Path) -> str:
     """One message for the user.
 
@@ -85,9 +111,10 @@ def explain(error: BaseException, arguments: Iterable[str], conf_dir: Path) -> s
             problem = _group_problem(override, [conf_dir, *_own_dirs(arguments)]) or _key_problem(override, conf_dir)
             if problem:
                 return problem
-    full_key = getattr(error, "full_key", None)
-    first_lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = first_lines[0] if first_lines else type(error).__name__
+    slurm_problem = _slurm_problem(error)
+    if slurm_problem is not None:
+        return slurm_problem
+    full_key, message = getattr(error, "full_key", None), _first_line(error)
     cause = error.__cause__
     if isinstance(error, HydraException) and cause is not None and str(cause) not in message:
         message += f" ({str(cause).splitlines()[0]})"
