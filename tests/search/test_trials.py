@@ -148,23 +148,28 @@ def test_a_record_that_contradicts_itself_is_skipped(change: dict[str, Any], tmp
     assert "line 1 is damaged" in log.warnings[0]
 
 
-def test_a_disk_that_fills_up_keeps_earlier_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "Make room"), (errno.EROFS, "Make it writable"), (errno.EIO, "See to the disk")],
+)
+def test_a_disk_that_takes_no_more_keeps_earlier_trials(
+    number: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "trials.jsonl"
     whole = written(path, 2)
     log = TrialLog(path)
 
     def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)  # the bytes are in the file, yet not on disk
-        with pytest.raises(
-            UserError, match=r"trial 2 could not be written \(No space left.*2 trials before it are safe"
-        ):
+        said = rf"trial 2 could not be written \({os.strerror(number)}\); the 2 trials before it are safe\. {advice}"
+        with pytest.raises(UserError, match=said):
             log.append(trial(2))
     assert path.read_bytes() == whole
     assert log.find(candidate(2), "f", "s") is None
-    log.append(trial(2))  # room was made
+    log.append(trial(2))  # it was seen to
     assert TrialLog(path).trials == [trial(0), trial(1), trial(2)]
 
 
