@@ -185,6 +185,17 @@ def test_a_damaged_file_that_a_run_reads_is_named(name: str, content: bytes | No
     assert trials_of(copy) == before
 
 
+@pytest.mark.slow
+def test_a_changed_bit_of_the_quantizers_is_noticed(copy: Path) -> None:
+    path, before = copy / "supernet.safetensors", trials_of(copy)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"supernet\.safetensors is damaged .*; remove it to calibrate again$"):
+        run_here(copy)
+    assert trials_of(copy) == before
+
+
 def test_one_candidate_too_large_and_one_that_breaks_down_are_said_and_the_search_goes_on(
     whole: tuple[Path, float], copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
