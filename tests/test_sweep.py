@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from tests.report.example import make_report
+from tests.running import wait_until
 from tmpq_exp import __main__ as command_line
-from tmpq_exp import jobs, sweep_end
+from tmpq_exp import jobs, locks, sweep_end
 from tmpq_exp.job_record import RECORD_NAME, JobRecord, JobState, read_record, write_record
 from tmpq_exp.report import write_report_json
 from tmpq_exp.report.content import number
@@ -200,38 +200,36 @@ def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_of_joblib_costs_no_more_than_what_was_in_flight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda x: x[0])
+def test_a_killed_process_of_a_launcher_costs_no_more_than_what_was_in_flight(
+    launcher: tuple[str, ...], tmp_path: Path
+) -> None:
+    if launcher[0] == "submitit_local":
+        pytest.importorskip("submitit", reason="needs the extra cluster")
     alone = start(tmp_path, *TINY, "hydra.run.dir=alone")
     output, _ = alone.communicate(timeout=300)
     assert alone.returncode == 0, output
-    sweep = (
-        "--multirun",
-        "hydra/launcher=joblib",
-        "hydra.launcher.n_jobs=2",
-        *TINY,
-        "seed=0,1",
-        "hydra.sweep.dir=sweep",
-    )
+    sweep = ("--multirun", f"hydra/launcher={launcher[0]}", *launcher[1:], *TINY, "seed=0,1", "hydra.sweep.dir=sweep")
     process, place = start(tmp_path, *sweep), tmp_path / "sweep"
-    deadline = time.monotonic() + 300
-    while len(list(place.glob("*/trials.jsonl"))) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: len(list(place.glob("*/trials.jsonl"))) == 2 or process.poll() is not None)
     worker = json.loads((next(place.glob("*/trials.jsonl")).parent / ".lock").read_text())["pid"]
     assert worker != process.pid
     os.kill(worker, signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
+    assert "tmpq-exp: hydra/launcher: a job's process was killed, or memory did not suffice for it" in output
+    assert "unexpected error" not in output
     assert "stopped" in output
     assert "goes on, and runs no finished job again" in output
+    wait_until(lambda: not any(locks.is_held(path / ".lock") for path in directories(place)), "a job goes on for ever")
     again = start(tmp_path, *sweep)
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
     assert [job.state for job in swept_jobs(place)] == [JobState.FINISHED, JobState.FINISHED]
     first = directories(place)[0]
     assert (first / "trials.jsonl").read_bytes() == (tmp_path / "alone" / "trials.jsonl").read_bytes()
-    assert "Best found" in (first / "run.log").read_text()
+    if launcher[0] == "joblib":
+        assert "Best found" in (first / "run.log").read_text()
 
 
 @pytest.mark.slow

@@ -27,7 +27,15 @@ from tmpq_exp.job_record import (
     register_resolvers,
     write_record,
 )
-from tmpq_exp.overrides import EXIT_BAD_INPUT, EXIT_UNEXPECTED, exit_status, explain, is_bad_input, is_out_of_time
+from tmpq_exp.overrides import (
+    EXIT_BAD_INPUT,
+    EXIT_UNEXPECTED,
+    exit_status,
+    explain,
+    is_bad_input,
+    is_out_of_time,
+    lost_process,
+)
 
 register_resolvers()  # here, because the processes of a launcher import this module before they compose a job
 
@@ -192,6 +200,10 @@ def failure_of(error: Exception, run_dir: Path | None = None) -> Failure:
     if is_out_of_time(error):
         advice = "hydra.launcher.max_num_timeout=10 has a job queued again up to ten times"
         return Failure(EXIT_UNEXPECTED, f"hydra.launcher.timeout_min: the time limit of the job was reached; {advice}")
+    lost = lost_process(error)
+    if lost is not None:
+        message = "hydra/launcher: a job's process was killed, or memory did not suffice for it"
+        return Failure(EXIT_UNEXPECTED, f"{message}; what it recorded is safe ({lost})")
     first_line = next(iter(str(error).splitlines()), "")
     found = f"unexpected error {type(error).__name__}: {first_line}"
     return Failure(EXIT_UNEXPECTED, f"{found}; {_keep_traceback(error, run_dir)}")

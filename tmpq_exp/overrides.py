@@ -90,6 +90,14 @@ def is_out_of_time(error: BaseException) -> bool:
     return _raising_module(error) == "submitit.core.job_environment"
 
 
+def lost_process(error: BaseException) -> str | None:
+    """How a process of a launcher ended without a word to this one, in one line; None if the error is another."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names.isdisjoint(("UncompletedJobError", "TerminatedWorkerError")):  # submitit's, joblib's
+        return None
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
