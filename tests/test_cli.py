@@ -100,7 +100,7 @@ class TestRefusedAtTheDoor:
     def test_an_unknown_option_lists_the_known_ones(self, tmp_path: Path) -> None:
         done = tmpq(tmp_path, "budget=w6a7")
         assert done.returncode == 2
-        assert only_line(done.stderr).endswith("nearest: w6a6; options: bitops, w5a5, w6a6, w8a8")
+        assert only_line(done.stderr).endswith("nearest: w6a6; options: bitops, macs, w5a5, w6a6, w8a8")
 
     def test_a_typo_fails_within_two_seconds(self, tmp_path: Path) -> None:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -16,7 +16,7 @@ from tmpq_exp.config import CalibrationConfig, Granularity, QuantConfig, Quantiz
 from tmpq_exp.quant import blockwise as blockwise_module
 from tmpq_exp.quant.activations import ActivationStore
 from tmpq_exp.quant.blockwise import BlockwiseReconstruction
-from tmpq_exp.quant.layers import LayerSetting, QuantConv2d, WeightCache, layers_at
+from tmpq_exp.quant.layers import LayerSetting, LRUCache, QuantConv2d, layers_at
 from tmpq_exp.quant.means import InputMoments, flip_roundings, last_layer, mean_flips
 from tmpq_exp.quant.reconstruction import mean_error
 from tmpq_exp.quant.states import trajectory_states
@@ -63,7 +63,7 @@ def layer_with_inputs(bits: int, stride: int, padding: int | str) -> tuple[Quant
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 5, 3, stride=stride, padding=padding).requires_grad_(False)
     layer = QuantConv2d(
-        winograd={}, float_layer=conv, name="conv", cache=WeightCache(0), weight_choices=(bits,), act_choices=(bits,),
+        winograd={}, float_layer=conv, name="conv", cache=LRUCache(0), weight_choices=(bits,), act_choices=(bits,),
         config=STATIC,
     )  # fmt: skip
     x = torch.rand(8, 6, 7, 7)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.quant.conftest import random
 from tmpq_exp.config import Granularity, QuantConfig, QuantizerConfig
 from tmpq_exp.quant.allocation import FLOAT_BITS
-from tmpq_exp.quant.layers import LayerSetting, QuantConv2d, WeightCache
+from tmpq_exp.quant.layers import LayerSetting, LRUCache, QuantConv2d
 from tmpq_exp.quant.primitives import sqnr_db
 from tmpq_exp.quant.static_ranges import (
     load_ranges,
@@ -39,7 +39,7 @@ def of_spec(spec: WinogradSpec) -> WinogradMatrices:
 def winograd_layer(conv: nn.Conv2d, spec: WinogradSpec, ranges: dict[tuple[str, int], StaticRanges]) -> QuantConv2d:
     return QuantConv2d(
         name="conv",
-        cache=WeightCache(2**20),
+        cache=LRUCache(2**20),
         float_layer=conv,
         weight_choices=(8,),
         act_choices=(8, 6),
