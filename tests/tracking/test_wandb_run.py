@@ -53,6 +53,19 @@ def finished(tmp_path: Path, trial: Trial, offline_runs: Any) -> Any:
     return run, tracker, directory
 
 
+def test_a_relative_directory_is_meant_from_here_whichever_folder_the_service_started_in(
+    tmp_path: Path, trial: Trial, offline_runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "first").mkdir()
+    open_tracker(LoggerConfig(), job_in(tmp_path / "first")).finish()  # by now the service has started
+    monkeypatch.chdir(tmp_path)
+    tracker = open_tracker(LoggerConfig(), job_in(Path(".")))
+    tracker.log_trial(trial(0))
+    tracker.finish()
+    (run,) = offline_runs(tmp_path)
+    assert [row["trial/index"] for row in run.trials] == [0]
+
+
 def test_every_trial_is_a_step_with_its_own_index(finished: Any) -> None:
     run, _, _ = finished
     assert [row["trial/index"] for row in run.trials] == list(range(21))

@@ -50,7 +50,7 @@ class WandbTracker:
         self._run: Any = wandb.init(
             project=project,
             mode=mode,
-            dir=os.fspath(job.directory),
+            dir=os.fspath(job.directory.absolute()),  # of this process: the service may have been started elsewhere
             group=group,
             job_type=job.kind,
             tags=list(tags),
