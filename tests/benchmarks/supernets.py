@@ -19,6 +19,7 @@ from tmpq_exp.quant.allocation import DIRECT_TILE, Allocation
 from tmpq_exp.quant.layers import WeightedLayer
 from tmpq_exp.quant.primitives import RangeEstimator
 from tmpq_exp.quant.supernet import Supernet
+from tmpq_exp.quant.timestep_path import find_timestep_layers
 from tmpq_exp.trace import trace_layers
 from tmpq_exp.zoo.digits import DigitsDDPM
 
@@ -69,14 +70,19 @@ def uniform_supernet(
     """A calibrated supernet with direct convolutions, and its uniform W6A6 allocation."""
     timesteps = torch.zeros(len(x), dtype=torch.long, device=x.device)
     first = {key: value[:1] for key, value in conditioning.items()}
-    layers = trace_layers(network, lambda model: model(x[:1], timesteps[:1], **first))
+
+    def probe(model: Any) -> object:
+        return model(x[:1], timesteps[:1], **first)
+
+    layers, of_timestep = trace_layers(network, probe), find_timestep_layers(network, probe)
     weights = tuple(SOFTMAX_BITS if isinstance(shape, AttentionShape) else BITS for shape in layers)
     allocation = Allocation(weights, (BITS,) * len(layers), (DIRECT_TILE,) * len(layers))
     config = QuantConfig(compile=compiled)
     for quantizer in (config.weight, config.act):
         assert isinstance(quantizer, QuantizerConfig)
         quantizer.estimator = RangeEstimator.MINMAX.value  # the range has no influence on the time
-    supernet = Supernet(network, layers, [(bits,) for bits in weights], [(BITS,)] * len(layers), config)
+    bits = [(bits,) for bits in weights], [(BITS,)] * len(layers)
+    supernet = Supernet(network, layers, *bits, config, timestep_layers=of_timestep)
     generator = torch.Generator().manual_seed(0)
     quantizers = [quantizer for layer in supernet.layers for quantizer in layer.act_quantizers()]
     for quantizer in quantizers:
@@ -190,6 +196,19 @@ def supernet_ratio(case: Case, rounds: int, *, compiled: bool = False) -> Measur
     return measurement(f"{kind} W6A6 / float, {case.name}", ratios, "x float", goal, case.device_name)
 
 
+def timestep_ratio(case: Case, rounds: int) -> Measurement:
+    """Forward of the supernet where the path of the timestep is known over that where it is computed."""
+    supernet, allocation = uniform_supernet(case.network, case.x, **case.conditioning)
+
+    def known() -> None:
+        with supernet.at_timestep(500):
+            case.call(supernet)
+
+    with supernet.subnet(allocation):
+        ratios = time_ratios(known, lambda: case.call(supernet), rounds)
+    return measurement(f"timestep's path known / computed, {case.name}", ratios, "x", None, case.device_name)
+
+
 def float_ratio(case: Case, rounds: int) -> Measurement:
     """Forward of the compiled float network over that of the same network as it is."""
     fast = torch.compile(case.network)
@@ -237,6 +256,8 @@ def supernet_benchmarks(rounds: int) -> dict[str, Callable[[], Measurement]]:
             Case.of("ddpm_digits", digits_unet, 16), 3 * rounds, compiled=True
         ),
         "compiled supernet cifar10": lambda: supernet_ratio(Case.of(cifar, cifar_unet, 16), rounds, compiled=True),
+        "timestep 1": lambda: timestep_ratio(Case.of(cifar, cifar_unet, 1), 3 * rounds),
+        "timestep 16": lambda: timestep_ratio(Case.of(cifar, cifar_unet, 16), rounds),
         "state ddpm_digits": lambda: state_ratio("ddpm_digits", digits_unet()),
         "state cifar10": lambda: state_ratio(cifar, cifar_unet()),
         "plain ddpm_digits": lambda: plain_ratio(Case.of("ddpm_digits", digits_unet, 16), rounds),

@@ -21,6 +21,7 @@ from tests.benchmarks.supernets import (
     plain_ratio,
     state_ratio,
     supernet_ratio,
+    timestep_ratio,
     uniform_supernet,
 )
 from tests.benchmarks.workers import two_workers
@@ -43,6 +44,7 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
     measurements = [
         supernet_ratio(Case.of("ddpm_digits", digits_unet, 2), 1),
         plain_ratio(Case.of("ddpm_digits", digits_unet, 2), 1),
+        timestep_ratio(Case.of("ddpm_digits", digits_unet, 2), 1),
         bench.winograd_ratio(4, 1, 8, 2),
         bench.winograd_ratio(4, 1, 8, 1, shaped=True),
         bench.winograd_memory(4, 1, 8),
@@ -53,11 +55,22 @@ def test_every_benchmark_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
     ]
     bench.write(tmp_path / "new" / "bench.json", measurements)
     lines = json.loads((tmp_path / "new" / "bench.json").read_text())
-    assert [set(line) for line in lines] == [{"name", "ratio", "unit", "goal", "met", "spread", "device"}] * 9
+    assert [set(line) for line in lines] == [{"name", "ratio", "unit", "goal", "met", "spread", "device"}] * 10
     assert all(line["ratio"] > 0 for line in lines)
     assert lines[-1]["met"]  # no timing: bytes
-    assert [line["met"] is None for line in lines] == [False, True, False, True, False, False, False, False, False]
-    assert bench.table(measurements).row_count == 9
+    assert [line["met"] is None for line in lines] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+    ]
+    assert bench.table(measurements).row_count == 10
 
 
 def test_the_benchmarks_of_growth_run() -> None:
