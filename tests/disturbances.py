@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.quant.supernet import SupernetModule
-from tmpq_exp.search.objective import Feed, Images, Measured, Objective
+from tmpq_exp.search.objective import Feed, Measured, Objective
+from tmpq_exp.search.protocol import Images
 
 Identity = tuple[str, ...]
 """Candidate, protocol and quantizers, by their hashes."""

@@ -20,9 +20,9 @@ from tmpq_exp.quant.allocation import Allocation, Candidate
 from tmpq_exp.quant.calibration import CalibrationModule
 from tmpq_exp.quant.states import trajectory_states
 from tmpq_exp.quant.supernet import SupernetModule
-from tmpq_exp.recipe import task_layers
 from tmpq_exp.winograd.conv import WinogradMatrices, WinogradSpec, transform_weights, winograd_conv2d
 from tmpq_exp.zoo.digits import DigitsDDPM
+from tmpq_exp.zoo.task import task_layers
 
 pytestmark = [
     pytest.mark.gpu,

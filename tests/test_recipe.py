@@ -19,11 +19,11 @@ from tmpq_exp.quant.calibration import CalibrationModule
 from tmpq_exp.quant.states import trajectory_states
 from tmpq_exp.quant.static_ranges import measuring_ranges_for_all_bits
 from tmpq_exp.quant.supernet import SupernetModule
-from tmpq_exp.recipe import save_packed, task_layers, write_recipe
+from tmpq_exp.recipe import save_packed, write_recipe
 from tmpq_exp.winograd.conv import WinogradSpec
 from tmpq_exp.winograd.transform import closed_form_scales
 from tmpq_exp.zoo.digits import DigitsDDPM
-from tmpq_exp.zoo.task import DiffusionTask
+from tmpq_exp.zoo.task import DiffusionTask, task_layers
 from tmpq_exp.zoo.weights import write_tensors
 
 TIMESTEPS = (700, 250, 40)

@@ -9,7 +9,7 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from tmpq_exp.config import UserError, to_config
-from tmpq_exp.rundir import flatten
+from tmpq_exp.config.identity import flatten
 from tmpq_exp.smoke import METRIC, POPULATION, small_search, with_stand_in
 
 pytestmark = pytest.mark.usefixtures("hydra")

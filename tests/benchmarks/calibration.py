@@ -23,8 +23,8 @@ from tmpq_exp.quant.blockwise import UnitRecord
 from tmpq_exp.quant.calibration import CalibrationModule
 from tmpq_exp.quant.states import trajectory_states
 from tmpq_exp.quant.supernet import SupernetModule
-from tmpq_exp.recipe import task_layers
 from tmpq_exp.zoo.digits import DigitsDDPM
+from tmpq_exp.zoo.task import task_layers
 
 RATIO_BITS = 5
 

@@ -23,7 +23,8 @@ from tmpq_exp.quant.allocation import DIRECT_TILE, Allocation, Candidate
 from tmpq_exp.quant.calibration import CalibrationModule
 from tmpq_exp.quant.states import trajectory_states
 from tmpq_exp.quant.supernet import SupernetModule
-from tmpq_exp.search.objective import Objective, Protocol
+from tmpq_exp.search.objective import Objective
+from tmpq_exp.search.protocol import Protocol
 from tmpq_exp.search.trials import TrialLog
 from tmpq_exp.zoo.digits import DigitsDDPM
 from tmpq_exp.zoo.task import DiffusionTask, task_layers

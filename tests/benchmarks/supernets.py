@@ -78,9 +78,9 @@ def uniform_supernet(
     weights = tuple(SOFTMAX_BITS if isinstance(shape, AttentionShape) else BITS for shape in layers)
     allocation = Allocation(weights, (BITS,) * len(layers), (DIRECT_TILE,) * len(layers))
     config = QuantConfig(compile=compiled)
-    for quantizer in (config.weight, config.act):
-        assert isinstance(quantizer, QuantizerConfig)
-        quantizer.estimator = RangeEstimator.MINMAX.value  # the range has no influence on the time
+    for settings in (config.weight, config.act):
+        assert isinstance(settings, QuantizerConfig)
+        settings.estimator = RangeEstimator.MINMAX.value  # the range has no influence on the time
     bits = [(bits,) for bits in weights], [(BITS,)] * len(layers)
     supernet = Supernet(network, layers, *bits, config, timestep_layers=of_timestep)
     generator = torch.Generator().manual_seed(0)

@@ -19,10 +19,9 @@ from tmpq_exp.quant.layers import QuantLayer
 from tmpq_exp.quant.quantizer import ActQuantizer
 from tmpq_exp.quant.states import trajectory_states
 from tmpq_exp.quant.supernet import Supernet, SupernetModule
-from tmpq_exp.recipe import task_layers
 from tmpq_exp.trace import trace_layers
 from tmpq_exp.zoo.digits import DigitsDDPM
-from tmpq_exp.zoo.task import DiffusionTask
+from tmpq_exp.zoo.task import DiffusionTask, task_layers
 
 BITS = (8, 6, 4)
 FAST = QuantConfig(

@@ -246,7 +246,7 @@ def test_observing_ends_also_after_an_exception() -> None:
 @settings(deadline=None)
 @given(st.integers(0, 100), st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=30))
 def test_cache_holds_its_cap_and_drops_the_least_recently_used(cap: int, requests: list[tuple[int, int]]) -> None:
-    cache, model, sizes = LRUCache(4 * cap), [], {}
+    cache, model, sizes = LRUCache(4 * cap), list[int](), dict[int, int]()
     misses = 0
     for name, size in requests:
         size = sizes.setdefault(name, size)

@@ -16,7 +16,8 @@ from tmpq_exp.config import CalibrationConfig, Granularity, QuantConfig, Quantiz
 from tmpq_exp.quant import blockwise as blockwise_module
 from tmpq_exp.quant.activations import ActivationStore
 from tmpq_exp.quant.blockwise import BlockwiseReconstruction
-from tmpq_exp.quant.layers import LayerSetting, LRUCache, QuantConv2d, layers_at
+from tmpq_exp.quant.layers import LayerSetting, QuantConv2d, layers_at
+from tmpq_exp.quant.lru_cache import LRUCache
 from tmpq_exp.quant.means import InputMoments, flip_roundings, last_layer, mean_flips
 from tmpq_exp.quant.reconstruction import mean_error
 from tmpq_exp.quant.states import trajectory_states

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tmpq_exp.config import MAX_BITS, MIN_BITS
 from tmpq_exp.quant.primitives import (
-    MAX_BITS,
-    MIN_BITS,
     RangeEstimator,
     dequantize,
     estimate_range,

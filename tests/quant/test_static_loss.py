@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tmpq_exp.config import QuantConfig
-from tmpq_exp.experiment import task_layers
 from tmpq_exp.quant.layers import LayerSetting, QuantConv2d, layers_at
 from tmpq_exp.quant.primitives import sqnr_db
 from tmpq_exp.quant.states import CalibrationState, trajectory_states
@@ -18,6 +17,7 @@ from tmpq_exp.quant.supernet import Supernet
 from tmpq_exp.winograd.spec import WinogradSpec
 from tmpq_exp.winograd.transform import closed_form_scales
 from tmpq_exp.zoo.digits import DigitsDDPM
+from tmpq_exp.zoo.task import task_layers
 
 NUM_IMAGES, NUM_TIMESTEPS, SEED, BITS = 8, 5, 0, 8
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tests.quant.conftest import random
 from tmpq_exp.config import Granularity, QuantConfig, QuantizerConfig
 from tmpq_exp.quant.allocation import FLOAT_BITS
-from tmpq_exp.quant.layers import LayerSetting, LRUCache, QuantConv2d
+from tmpq_exp.quant.layers import LayerSetting, QuantConv2d
+from tmpq_exp.quant.lru_cache import LRUCache
 from tmpq_exp.quant.primitives import sqnr_db
 from tmpq_exp.quant.static_ranges import (
     load_ranges,

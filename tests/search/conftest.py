@@ -15,7 +15,8 @@ from torch import Tensor
 from tmpq_exp.cost import CostModel, LinearShape
 from tmpq_exp.metrics.metric import Batch, FeatureNetwork, Measurement, Metric
 from tmpq_exp.quant.allocation import Allocation, Candidate
-from tmpq_exp.search.objective import Objective, Protocol
+from tmpq_exp.search.objective import Objective
+from tmpq_exp.search.protocol import Protocol
 from tmpq_exp.search.trials import Trial, TrialLog
 from tmpq_exp.zoo.conditioning import Unconditional
 

@@ -13,7 +13,7 @@ from tests.search.conftest import REFERENCE, Setup, candidate
 from tmpq_exp.config import UserError
 from tmpq_exp.quant.allocation import Candidate
 from tmpq_exp.search.memory import is_out_of_memory
-from tmpq_exp.search.objective import Protocol
+from tmpq_exp.search.protocol import Protocol
 from tmpq_exp.search.trials import TrialLog
 
 

@@ -23,7 +23,7 @@ COST = CostModel(tuple(LinearShape(f"layer_{i}", 2 + i, 8, 1 + i) for i in range
 SPACE = SearchSpace(
     (range(5), range(5, 20)), ((8, 7, 6, 5),) * NUM_LAYERS, ((8, 7, 6, 5),) * NUM_LAYERS, ((0,),) * NUM_LAYERS
 )
-TINY = SearchSpace((range(2), range(2, 4)), *[((8,),) * NUM_LAYERS] * 2, ((0,),) * NUM_LAYERS)
+TINY = SearchSpace((range(2), range(2, 4)), ((8,),) * NUM_LAYERS, ((8,),) * NUM_LAYERS, ((0,),) * NUM_LAYERS)
 
 
 class ToyObjective:

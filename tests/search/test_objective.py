@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.search.conftest import REFERENCE, FakeMetric, Setup, candidate, fake_task
 from tmpq_exp.metrics.metric import Batch, PerImageMetric
 from tmpq_exp.quant.allocation import Allocation, Candidate
-from tmpq_exp.search.objective import Feed, Protocol, label
+from tmpq_exp.search.objective import Feed, label
+from tmpq_exp.search.protocol import Protocol
 from tmpq_exp.search.trials import TrialLog
 from tmpq_exp.zoo.conditioning import Prompts
 

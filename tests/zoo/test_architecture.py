@@ -62,7 +62,7 @@ def test_no_memory_is_taken() -> None:
         ({"sample_shape": [3, 4.5, 6]}, r"found \[3, 4.5, 6\]"),
         ({"context_shape": [7]}, r"context_shape must be \(tokens, channels\)"),
         ({"unet": partial(CompVisUNet, in_channels=3)}, "unet: missing a required argument: 'channels'"),
-        ({"diffusers": partial(TinyUNet, widht=2)}, "diffusers: got an unexpected keyword argument 'widht'"),
+        ({"diffusers": partial(TinyUNet, **{"widht": 2})}, "diffusers: got an unexpected keyword argument 'widht'"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
