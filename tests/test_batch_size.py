@@ -57,13 +57,12 @@ def test_a_run_keeps_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "told" / "trials.jsonl").read_bytes() == trials
 
 
-def test_a_forward_makes_no_more_images_than_a_candidate_has(tmp_path: Path) -> None:
-    run_here(tmp_path, *TINY, "evaluation.micro_batch=20", "search.num_generations=1")
+def test_no_more_are_chosen_than_a_candidate_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tmpq_exp.experiment.fitting_micro_batch", lambda layers, calls, device: 1024)
+    run_here(tmp_path, *TINY, "evaluation.micro_batch=null", "search.num_generations=1")
     parts = json.loads((tmp_path / "report.json").read_text())["fingerprint_parts"]
-    taken = {name: (part["num_images"], part["micro_batch"]) for name, part in parts.items()}
-    assert taken["search"] == (16, 16)
-    assert taken["final"] == (24, 20)
-    assert json.loads((tmp_path / "recipe.json").read_text())["micro_batch"] == 20
+    assert [part["micro_batch"] for part in parts.values()] == [16, 16]
+    assert json.loads((tmp_path / "recipe.json").read_text())["micro_batch"] == 16
 
 
 def test_lower_precision_is_for_training(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Experiment:
         trials: Evaluations so far.
         on_trial: Called with every new trial.
         device: Where images are made, the Trainer's.
-        micro_batch: Images a forward, at most.
+        micro_batch: Images a forward.
         winograd: Specification and scales of the tiles in use.
         tile_rule: Where tiles are searched, the candidate of the data-free rule for them; None if none fits.
         calibration: Losses of block-wise calibration.
@@ -206,10 +206,6 @@ class Experiment:
             named["w8a8_reference"] = self.uniform(reference, 8, 8)
         return named if self.tile_rule is None else named | {"winograd_rule": self.tile_rule}
 
-    def images_per_forward(self, num_images: int) -> int:
-        """How many of so many images a forward makes: it is always a whole one, so never more than there are."""
-        return min(self.micro_batch, num_images)
-
     def objective(
         self, stream: str, num_images: int, module: SupernetModule | None = None, **arguments: Any
     ) -> Objective:
@@ -223,9 +219,7 @@ class Experiment:
         """
         seed = self.search_seed if stream == "search" else self.config.seed
         config = self.config.evaluation
-        protocol = Protocol(
-            num_images, stream_seed(seed, stream), self.images_per_forward(num_images), config.paired_images
-        )
+        protocol = Protocol(num_images, stream_seed(seed, stream), self.micro_batch, config.paired_images)
         return self.objective_under(protocol, module, controlled=stream != "final", **arguments)
 
     def objective_under(
@@ -277,7 +271,7 @@ class Experiment:
         num_images = self.config.objective.control_images
         if num_images == 0 or not isinstance(self.metric, FrechetMetric):
             return None
-        protocol = Protocol(num_images, stream_seed(self.config.seed, "control"), self.images_per_forward(num_images))
+        protocol = Protocol(num_images, stream_seed(self.config.seed, "control"), self.micro_batch)
         return Control(self._images, self.metric, self.uniform(self.seed_timesteps(), FLOAT_BITS, FLOAT_BITS), protocol)
 
 
@@ -324,11 +318,14 @@ def prepare(config: Config, run: RunDirectory, trials: TrialLog, on_trial: Calla
 
 
 def _micro_batch(config: Config, run: RunDirectory, cost: CostModel, device: torch.device) -> int:
-    """Images a forward: as configured, else as many as memory sufficed for when the run first started."""
+    """Images a forward: as configured, else as many as memory sufficed for when the run first started.
+
+    Then no more than a candidate of the search has: the last forward is a whole one too.
+    """
     if config.evaluation.micro_batch is not None:
         return config.evaluation.micro_batch
     found = run.stage("micro batch", [], [], lambda: fitting_micro_batch(cost.layers, cost.calls_per_step, device))
-    return int(found)
+    return min(int(found), config.objective.num_images)
 
 
 def _what_it_is_for(model: Any) -> str:

@@ -121,7 +121,7 @@ def _executing(experiment: Experiment, resolved: dict[str, Any], ranks: Ranks | 
 def _ship(experiment: Experiment, shipped: Shipped, trial: Trial) -> list[str]:
     """Write the recipe; a warning if it does not give the winner's images back to the last bit."""
     directory, module = experiment.run, shipped.module
-    micro_batch = trial.micro_batch or experiment.images_per_forward(trial.num_images)
+    micro_batch = trial.micro_batch or experiment.micro_batch
     write_recipe(
         directory.recipe,
         directory.recipe_state,

@@ -57,7 +57,7 @@ class Tally:
 
     def images(self, num_images: int, num_steps: int, in_float: bool = False) -> Calls:
         """Images in whole micro-batches."""
-        micro_batch = self._experiment.images_per_forward(num_images)
+        micro_batch = self._experiment.micro_batch
         count = math.ceil(num_images / micro_batch) * micro_batch * num_steps
         return _drawn(count, in_float)
 
@@ -139,7 +139,7 @@ class Tally:
         shown = min(SAMPLE_COLUMNS, evaluation.num_images)
         samples = self._experiment.baselines().values()
         drawn = sum((_drawn(shown * len(c.timesteps), is_float(c)) for c in samples), Calls())
-        tried = 2 * self._experiment.images_per_forward(evaluation.num_images)
+        tried = 2 * self._experiment.micro_batch
         return (
             self.baselines(evaluation.num_images, with_reference=True)
             + self.score(evaluation.num_images).times(winners)

@@ -186,8 +186,9 @@ class EvaluationConfig:
             ``trailing``.
         reference_steps: Steps of the float reference.
         quantized_reference: Compare with W8A8 at the reference's timesteps too.
-        micro_batch: Images a forward, never more than a candidate has; results are bit-equal at a fixed micro-batch and
-            number of threads. Null: as many as memory suffices for where the run starts, kept with the run.
+        micro_batch: Images a forward; results are bit-equal at a fixed micro-batch and number of threads. Null: as many
+            as memory suffices for where the run starts, kept with the run, and no more than a candidate of the search
+            has.
         paired_images: Images compared with the float reference's of the same seeds (``psnr_db``, ``feature_mse``).
         bootstrap: Resamples behind the intervals over images, 0 for none.
         noise_seeds: Further seeds on which the winner is scored as the search did, to show the noise of its score.
